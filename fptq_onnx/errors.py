@@ -1,0 +1,54 @@
+"""The errors a user of fptq-onnx can meet, each naming the place, the reason and the fix."""
+
+from __future__ import annotations
+
+__all__ = [
+    "CalibrationError",
+    "FptqError",
+    "ModelError",
+    "NothingQuantizedError",
+    "RecipeError",
+    "RuntimeUnavailableError",
+    "VerificationError",
+]
+
+
+class FptqError(Exception):
+    """Base of every error this package raises on purpose.
+
+    Args:
+        where: The file, node, layer or option that is at fault, as the user knows it.
+        reason: What is wrong with it, one clause without a trailing full stop.
+        fix: What the user can do about it, in the imperative.
+    """
+
+    def __init__(self, where: str, reason: str, fix: str) -> None:
+        """Compose the one-line message "where: reason. fix."."""
+        self.where = where
+        self.reason = reason
+        self.fix = fix
+        super().__init__(f"{where}: {reason}. {fix}.")
+
+
+class ModelError(FptqError):
+    """The model file or graph is broken or holds something that cannot be handled."""
+
+
+class RecipeError(FptqError):
+    """A recipe or plan does not fit its schema or the model."""
+
+
+class CalibrationError(FptqError):
+    """Calibration or evaluation data are missing, empty or do not fit the model."""
+
+
+class RuntimeUnavailableError(FptqError):
+    """onnxruntime, an execution provider or the custom-op library cannot be used here."""
+
+
+class NothingQuantizedError(FptqError):
+    """No layer of the model was quantized, so no output was written."""
+
+
+class VerificationError(FptqError):
+    """The converted model loads but differs from the float model by more than allowed."""

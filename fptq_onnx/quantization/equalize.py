@@ -1,0 +1,97 @@
+"""Per-channel scales that move the spread of an activation into the weights that read it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["equalized_absmax", "lae_scale", "producer_scale", "scale_rows", "smoothquant_scale", "tie"]
+
+FloatArray = npt.NDArray[np.floating[Any]]
+Float32 = npt.NDArray[np.float32]
+
+
+def lae_scale(channel_absmax: FloatArray, floor: float = 1e-2) -> Float32:
+    """Logarithmic activation equalization: s_j = m_j / log2(2 + m_j) with m_j = max |X_j| (FPTQ, equation 5).
+
+    X / s has the range log2(2 + m), so a channel of range 150 shrinks to 7.2.
+
+    Args:
+        channel_absmax: [K], >= 0.
+        floor: Smallest s as a fraction of the median s of the live channels. Without it a channel that was nearly
+            silent in calibration is amplified without bound.
+
+    Returns:
+        float32 [K], > 0; 1 where the channel's maximum is 0.
+    """
+    m = np.asarray(channel_absmax, np.float64)
+    return _finish(m / np.log2(2 + m), m == 0, floor)
+
+
+def smoothquant_scale(
+    channel_absmax: FloatArray, weight_absmax: FloatArray, alpha: float, floor: float = 1e-2
+) -> Float32:
+    """SmoothQuant: s_j = max |X_j|^alpha / max |W_j|^(1 - alpha) (arXiv 2211.10438, equation 4).
+
+    Args:
+        channel_absmax: [K], >= 0.
+        weight_absmax: [K], max over all columns of all layers that read the activation.
+        alpha: 0 leaves the weights equal, 1 leaves the activations equal.
+        floor: As in `lae_scale`.
+
+    Returns:
+        float32 [K], > 0; 1 where the channel or its weights are all zero.
+    """
+    m = np.asarray(channel_absmax, np.float64)
+    w = np.asarray(weight_absmax, np.float64)
+    dead = (m == 0) | (w == 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        s = m**alpha / w ** (1 - alpha)
+    return _finish(s, dead, floor)
+
+
+def _finish(s: npt.NDArray[np.float64], dead: npt.NDArray[np.bool_], floor: float) -> Float32:
+    live = s[~dead]
+    if live.size == 0:
+        return np.ones(s.shape, np.float32)
+    smallest = max(floor * float(np.median(live)), float(np.finfo(np.float32).tiny))
+    return np.where(dead, 1.0, np.maximum(s, smallest)).astype(np.float32)
+
+
+def tie(scale: FloatArray, channel_map: npt.NDArray[np.integer[Any]]) -> Float32:
+    """Make scales equal on all channels that one producer channel feeds, by their maximum.
+
+    Grouped-query attention repeats one value head for several query heads, so the o_proj channels that come from one
+    v_proj channel must share one s. The maximum is the s of the widest of them: none leaves its intended range.
+
+    Args:
+        scale: [K], > 0.
+        channel_map: int [K], the producer's output channel behind each activation channel.
+
+    Returns:
+        float32 [K].
+    """
+    tied: Float32 = producer_scale(scale, channel_map, int(channel_map.max()) + 1)[channel_map]
+    return tied
+
+
+def producer_scale(scale: FloatArray, channel_map: npt.NDArray[np.integer[Any]], size: int) -> Float32:
+    """The maximum scale per producer channel, float32 [size]; 1 for producer channels that feed nothing."""
+    out = np.zeros(size, np.float32)
+    np.maximum.at(out, channel_map, np.asarray(scale, np.float32))
+    out[out == 0] = 1
+    return out
+
+
+def scale_rows(weight: Float32, scale: Float32) -> Float32:
+    """Return diag(s) W for a weight [K, N], so that (X / s) (diag(s) W) = X W."""
+    rows: Float32 = weight * scale[:, None]
+    return rows
+
+
+def equalized_absmax(channel_absmax: FloatArray, scale: FloatArray) -> Float32:
+    """Per-channel maximum of X / s, float32 [K]."""
+    after: Float32 = np.divide(channel_absmax, scale, dtype=np.float32)
+    return after

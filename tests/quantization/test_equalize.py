@@ -1,0 +1,90 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from fptq_onnx.quantization.equalize import (
+    equalized_absmax,
+    lae_scale,
+    producer_scale,
+    scale_rows,
+    smoothquant_scale,
+    tie,
+)
+
+maxima = hnp.arrays(np.float32, st.integers(1, 40), elements=st.floats(0, 4096, width=32))
+
+
+def published_lae(activation_scales):
+    """The formula as FPTQ prints it and llm-compressor's log equalization computes it, in plain Python floats."""
+    from math import log2
+
+    return [m / log2(2 + m) for m in map(float, activation_scales)]
+
+
+@given(maxima)
+def test_lae_is_the_published_formula_where_no_trap_applies(m):
+    expected = np.asarray(published_lae(m))
+    live = m > 0
+    scale = lae_scale(m, floor=0)
+    np.testing.assert_allclose(scale[live], np.maximum(expected[live], np.finfo(np.float32).tiny), rtol=1e-6)
+    assert (scale[~live] == 1).all()
+
+
+@given(maxima, st.floats(0, 1))
+def test_lae_traps(m, floor):
+    scale = lae_scale(m, floor)
+    assert scale.dtype == np.float32 and np.isfinite(scale).all() and (scale > 0).all()
+    live = m > 0
+    if live.any():
+        assert scale[live].min() >= floor * np.median(np.asarray(published_lae(m[live]))) * (1 - 1e-6)
+        # never wider than the logarithm promises
+        assert (equalized_absmax(m, scale) <= np.log2(2 + m) * (1 + 1e-5)).all()
+
+
+def test_lae_values():
+    np.testing.assert_allclose(lae_scale(np.array([0, 2, 6, 14, 126.0])), [1, 1, 2, 3.5, 18], rtol=1e-6)
+    np.testing.assert_allclose(lae_scale(np.array([1e-6, 2, 2, 2.0])), [1e-2, 1, 1, 1], rtol=1e-6)
+    np.testing.assert_array_equal(lae_scale(np.zeros(3)), np.ones(3))
+
+
+@given(maxima, st.floats(0, 1))
+def test_smoothquant_is_the_published_formula(m, alpha):
+    w = np.linspace(0, 2, m.size)
+    scale = smoothquant_scale(m, w, alpha, floor=0)
+    for mj, wj, sj in zip(map(float, m), map(float, w), scale, strict=True):
+        expected = 1.0 if mj == 0 or wj == 0 else max(mj**alpha / wj ** (1 - alpha), 2.0**-126)
+        assert sj == pytest.approx(expected, rel=1e-6)
+
+
+@given(
+    hnp.arrays(np.float64, (5, 8), elements=st.floats(-100, 100)),
+    hnp.arrays(np.float32, (8, 3), elements=st.floats(-4, 4, width=32)),
+)
+def test_equalization_keeps_the_product(x, w):
+    scale = lae_scale(np.abs(x).max(axis=0))
+    got = (x / scale) @ scale_rows(w, scale).astype(np.float64)
+    # diag(s) W is rounded once to float32
+    np.testing.assert_allclose(got, x @ w, atol=1e-6 * float((np.abs(x) @ np.abs(w)).max()) + 1e-12)
+
+
+@given(
+    hnp.arrays(np.float32, (5, 8), elements=st.floats(-64, 64, width=16)),
+    st.lists(st.integers(-6, 6), min_size=8, max_size=8),
+)
+def test_powers_of_two_are_exact(x, exponents):
+    scale = np.exp2(np.asarray(exponents)).astype(np.float32)
+    w = np.arange(24, dtype=np.float32).reshape(8, 3)
+    np.testing.assert_array_equal((x / scale) * scale, x)
+    np.testing.assert_array_equal(scale_rows(w, scale) / scale[:, None], w)
+
+
+@given(hnp.arrays(np.float32, 12, elements=st.floats(0.125, 64, width=32)))
+def test_tie_over_repeated_heads(scale):
+    # 3 query heads of 4 channels over 1 key/value head
+    channel_map = np.tile(np.arange(4), 3)
+    tied = tie(scale, channel_map)
+    np.testing.assert_array_equal(tied.reshape(3, 4), np.broadcast_to(scale.reshape(3, 4).max(axis=0), (3, 4)))
+    np.testing.assert_array_equal(producer_scale(scale, channel_map, 6), [*scale.reshape(3, 4).max(axis=0), 1, 1])
+    np.testing.assert_array_equal(tie(tied, channel_map), tied)

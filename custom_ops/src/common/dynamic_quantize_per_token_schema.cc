@@ -1,0 +1,34 @@
+#include "common/dynamic_quantize_per_token_schema.h"
+
+#include <numeric>
+
+#include "common/shape_inference.h"
+
+namespace fptq {
+
+DynamicQuantizeCall DynamicQuantizeCall::Check(const NodeLocation& location, const std::vector<int64_t>& x) {
+  if (x.empty() || x.back() == 0) {
+    location.Fail(Concat("X has shape ", ShapeText(x)), "X must be [..., K] with K at least 1");
+  }
+  DynamicQuantizeCall call;
+  call.k = x.back();
+  call.rows = std::accumulate(x.begin(), x.end() - 1, int64_t{1}, [](int64_t a, int64_t b) { return a * b; });
+  call.scale_shape = x;
+  call.scale_shape.back() = 1;
+  return call;
+}
+
+void CheckDynamicQuantizeNode(const NodeLocation& location, Ort::ConstKernelInfo info) {
+  const std::vector<int64_t> x = info.GetInputTypeInfo(0).GetTensorTypeAndShapeInfo().GetShape();
+  if (!x.empty()) DynamicQuantizeCall::Check(location, x);
+}
+
+void InferDynamicQuantizeShapes(Ort::ShapeInferContext& context) {
+  Ort::ShapeInferContext::Shape shape = context.GetInputShape(0);
+  if (shape.empty()) return;  // unknown rank
+  SetOutputShape(context, 0, shape, ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8);
+  shape.back() = 1;
+  SetOutputShape(context, 1, shape, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
+}
+
+}  // namespace fptq

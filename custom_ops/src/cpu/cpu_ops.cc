@@ -1,0 +1,148 @@
+#include "cpu/cpu_ops.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "common/dynamic_quantize_per_token_schema.h"
+#include "common/w4a8_matmul_schema.h"
+#include "cpu/isa.h"
+#include "cpu/w4a8_gemm.h"
+
+namespace fptq::cpu {
+namespace {
+
+constexpr char kProvider[] = "CPUExecutionProvider";
+
+constexpr ElementType ElementOf(ONNXTensorElementDataType type) {
+  return type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT     ? ElementType::kFloat32
+         : type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 ? ElementType::kFloat16
+                                                         : ElementType::kBFloat16;
+}
+
+// The session's intra-op pool.
+Parallel PoolOf(const Ort::KernelContext& context) {
+  return {&context, [](const void* pool, void (*function)(void*, size_t), size_t tasks, void* data) {
+            static_cast<const Ort::KernelContext*>(pool)->ParallelFor(function, tasks, 0, data);
+          }};
+}
+
+// Scratch memory from the session's arena.
+class Scratch {
+ public:
+  Scratch(const Ort::KernelContext& context, const Ort::MemoryInfo& memory, size_t bytes)
+      : allocator_(context.GetAllocator(*static_cast<const OrtMemoryInfo*>(memory))), data_(allocator_.Alloc(bytes)) {
+    if (data_ == nullptr) throw Ort::Exception(Concat("fptq: no memory for ", bytes, " bytes of scratch"), ORT_FAIL);
+  }
+  ~Scratch() { allocator_.Free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  void* data() const { return data_; }
+
+ private:
+  Ort::Allocator allocator_;
+  void* data_;
+};
+
+template <ONNXTensorElementDataType kType>
+class W4A8MatMulKernel {
+ public:
+  static constexpr const char* kProvider = cpu::kProvider;
+  static OrtMemType InputMemoryType(size_t) { return OrtMemTypeDefault; }
+
+  explicit W4A8MatMulKernel(Ort::ConstKernelInfo info)
+      : node_(W4A8MatMulNode::Read(info)), gemm_(SourceOf(node_), ChosenKernels()) {
+    node_.b = nullptr;
+    node_.b_scale = nullptr;
+  }
+
+  void Compute(Ort::KernelContext context) {
+    const Ort::ConstValue a = context.GetInput(kInputA);
+    const Ort::ConstValue a_scale = context.GetInput(kInputAScale);
+    const Ort::ConstValue a_zero_point = context.GetInput(kInputAZeroPoint);
+    const W4A8MatMulCall shapes = W4A8MatMulCall::Check(node_, a.GetTensorTypeAndShapeInfo().GetShape(),
+                                                        a_scale.GetTensorTypeAndShapeInfo().GetShape(),
+                                                        a_zero_point.GetTensorTypeAndShapeInfo().GetShape());
+    Ort::UnownedValue y = context.GetOutput(0, shapes.shape);
+    if (shapes.rows == 0) return;
+    const Scratch scratch(context, memory_, gemm_.ScratchBytes(shapes.rows));
+    W4A8Gemm::Call call;
+    call.a = a.GetTensorData<uint8_t>();
+    call.rows = shapes.rows;
+    call.a_scale = a_scale.GetTensorData<float>();
+    call.per_token = shapes.per_token;
+    call.a_zero_point = *a_zero_point.GetTensorData<uint8_t>();
+    call.y = y.GetTensorMutableRawData();
+    call.scratch = scratch.data();
+    gemm_.Run(call, PoolOf(context));
+  }
+
+ private:
+  static WeightSource SourceOf(const W4A8MatMulNode& node) {
+    WeightSource source;
+    source.k = node.k;
+    source.n = node.n;
+    source.block_size = node.block_size;
+    source.b = node.b;
+    source.b_scale = node.b_scale;
+    source.type = ElementOf(kType);
+    source.scale_max_multiple = node.scale_max_multiple;
+    source.zero_point_is_128 = node.constant_zero_point == kActivationOffset;
+    return source;
+  }
+
+  W4A8MatMulNode node_;
+  W4A8Gemm gemm_;
+  Ort::MemoryInfo memory_ = Ort::MemoryInfo::CreateCpu(OrtDeviceAllocator, OrtMemTypeDefault);
+};
+
+template <ONNXTensorElementDataType kType>
+class DynamicQuantizePerTokenKernel {
+ public:
+  static constexpr const char* kProvider = cpu::kProvider;
+  static OrtMemType InputMemoryType(size_t) { return OrtMemTypeDefault; }
+
+  explicit DynamicQuantizePerTokenKernel(Ort::ConstKernelInfo info)
+      : location_(NodeLocation::Of(kDynamicQuantizePerToken, info)), kernels_(ChosenKernels()) {
+    CheckDynamicQuantizeNode(location_, info);
+  }
+
+  void Compute(Ort::KernelContext context) {
+    const Ort::ConstValue x = context.GetInput(0);
+    const std::vector<int64_t> shape = x.GetTensorTypeAndShapeInfo().GetShape();
+    const DynamicQuantizeCall shapes = DynamicQuantizeCall::Check(location_, shape);
+    auto* y = context.GetOutput(0, shape).GetTensorMutableData<uint8_t>();
+    auto* scale = context.GetOutput(1, shapes.scale_shape).GetTensorMutableData<float>();
+    const auto* data = static_cast<const char*>(x.GetTensorRawData());
+    constexpr int64_t kBytes = kType == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT ? 4 : 2;
+    const int64_t rows_per_task = std::max<int64_t>(1, kElementsPerTask / shapes.k);
+    PoolOf(context).For(CeilDiv(shapes.rows, rows_per_task), [&](int64_t task) {
+      const int64_t row = task * rows_per_task;
+      const int64_t rows = std::min(rows_per_task, shapes.rows - row);
+      kernels_.quantize(data + row * shapes.k * kBytes, ElementOf(kType), rows, shapes.k, y + row * shapes.k,
+                        scale + row);
+    });
+  }
+
+ private:
+  static constexpr int64_t kElementsPerTask = 1 << 15;
+
+  NodeLocation location_;
+  const Kernels& kernels_;
+};
+
+template <ONNXTensorElementDataType kType>
+void AddOps(OpRegistry& registry) {
+  registry.Add<W4A8MatMulOp<W4A8MatMulKernel<kType>, kType>>();
+  registry.Add<DynamicQuantizePerTokenOp<DynamicQuantizePerTokenKernel<kType>, kType>>();
+}
+
+}  // namespace
+
+void AddCpuOps(OpRegistry& registry) {
+  AddOps<ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT>(registry);
+  AddOps<ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16>(registry);
+  AddOps<ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16>(registry);
+}
+
+}  // namespace fptq::cpu

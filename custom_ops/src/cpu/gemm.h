@@ -1,0 +1,46 @@
+// What a GEMM kernel of one instruction set computes, and the table of kernels.
+#ifndef FPTQ_CPU_GEMM_H_
+#define FPTQ_CPU_GEMM_H_
+
+#include <cstdint>
+
+#include "cpu/packed_weights.h"
+
+namespace fptq::cpu {
+
+/// One call, after the activations were prepared.
+struct GemmCall {
+  const PackedWeights* weights = nullptr;
+  const int8_t* a = nullptr;       ///< [rows][padded_k]: A - 128, zero in padding
+  const int32_t* a_sum = nullptr;  ///< [rows][groups]: sums of a over a group
+  const float* a_scale = nullptr;  ///< one, or one per row
+  bool per_token = false;
+  int zero_offset = 0;  ///< a_zero_point - 128
+  ElementType type = ElementType::kFloat32;
+  void* y = nullptr;  ///< [rows][n]
+};
+
+/// Rows [row_begin, row_end) of strips [strip_begin, strip_end) of Y.
+using GemmTile = void (*)(const GemmCall& call, int64_t row_begin, int64_t row_end, int64_t strip_begin,
+                          int64_t strip_end);
+
+/// `rows` rows of A to GemmCall::a and GemmCall::a_sum.
+using PrepareActivations = void (*)(const PackedWeights& weights, const uint8_t* a, int64_t rows, int8_t* prepared,
+                                    int32_t* a_sum);
+
+/// DynamicQuantizePerToken of `rows` rows of x [rows][k] (see its schema).
+using QuantizeRows = void (*)(const void* x, ElementType type, int64_t rows, int64_t k, uint8_t* y, float* scale);
+
+/// The kernels of one instruction set.
+struct Kernels {
+  const char* name;
+  GemmTile gemm;
+  PrepareActivations prepare;
+  QuantizeRows quantize;
+};
+
+extern const Kernels kPortableKernels;
+
+}  // namespace fptq::cpu
+
+#endif  // FPTQ_CPU_GEMM_H_

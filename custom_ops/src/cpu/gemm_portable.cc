@@ -1,0 +1,77 @@
+// GEMM in plain C++: the kernel of last resort and the statement of what the others compute.
+#include "cpu/gemm_portable.h"
+
+#include <algorithm>
+
+namespace fptq::cpu::portable {
+namespace {
+
+// sum_{k in group} (A - zero point) * B for the 16 channels of a strip; exact.
+void GroupSums(const GemmCall& call, const uint8_t* nibbles, const int8_t* a, int64_t octets, int32_t a_sum,
+               const int32_t* weight_sum, int32_t* acc) {
+  // (a - z) * (u - 8) = a u - 8 a - z (u - 8), with a = A - 128, z = zero point - 128, u = B + 8
+  for (int64_t c = 0; c < kStrip; ++c) {
+    acc[c] = -kWeightOffset * a_sum - (weight_sum != nullptr ? call.zero_offset * weight_sum[c] : 0);
+  }
+  for (int64_t octet = 0; octet < octets; ++octet, nibbles += kOctetBytes, a += kOctet) {
+    for (int64_t c = 0; c < kStrip; ++c) {
+      int32_t sum = 0;
+      for (int64_t i = 0; i < 4; ++i) {
+        sum += (nibbles[4 * c + i] & 15) * a[i] + (nibbles[4 * c + i] >> 4) * a[4 + i];
+      }
+      acc[c] += sum;
+    }
+  }
+}
+
+}  // namespace
+
+void Gemm(const GemmCall& call, int64_t row_begin, int64_t row_end, int64_t strip_begin, int64_t strip_end) {
+  const PackedWeights& w = *call.weights;
+  for (int64_t strip = strip_begin; strip < strip_end; ++strip) {
+    for (int64_t row = row_begin; row < row_end; ++row) {
+      int32_t total[kStrip] = {};
+      float sum[kStrip] = {};
+      for (int64_t g = 0; g < w.groups; ++g) {
+        const int64_t index = (strip * w.groups + g) * kStrip;
+        const int64_t first = g * w.group_octets;
+        int32_t acc[kStrip];
+        GroupSums(call, w.StripNibbles(strip) + first * kOctetBytes, call.a + row * w.padded_k() + first * kOctet,
+                  w.GroupOctets(g), call.a_sum[row * w.groups + g],
+                  call.zero_offset != 0 ? w.sum.data() + index : nullptr, acc);
+        for (int64_t c = 0; c < kStrip; ++c) {
+          if (w.structured) {
+            total[c] += acc[c] * w.multiple[static_cast<size_t>(index + c)];
+          } else {
+            sum[c] += static_cast<float>(acc[c]) * w.scale[static_cast<size_t>(index + c)];
+          }
+        }
+      }
+      const float a_scale = call.a_scale[call.per_token ? row : 0];
+      for (int64_t c = 0; c < std::min(kStrip, w.n - strip * kStrip); ++c) {
+        if (w.structured) sum[c] = static_cast<float>(total[c]) * w.scale[static_cast<size_t>(strip * kStrip + c)];
+        StoreElement(call.y, call.type, row * w.n + strip * kStrip + c, sum[c] * a_scale);
+      }
+    }
+  }
+}
+
+void Prepare(const PackedWeights& w, const uint8_t* a, int64_t rows, int8_t* prepared, int32_t* a_sum) {
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t g = 0; g < w.groups; ++g) {
+      const int64_t length = w.GroupRows(g);
+      const int64_t padded = w.GroupOctets(g) * kOctet;
+      int32_t sum = 0;
+      for (int64_t i = 0; i < length; ++i) {
+        prepared[i] = static_cast<int8_t>(a[i] - kActivationOffset);
+        sum += prepared[i];
+      }
+      std::fill(prepared + length, prepared + padded, int8_t{0});
+      *a_sum++ = sum;
+      a += length;
+      prepared += padded;
+    }
+  }
+}
+
+}  // namespace fptq::cpu::portable

@@ -1,0 +1,52 @@
+#include "cpu/w4a8_gemm.h"
+
+#include <algorithm>
+
+namespace fptq::cpu {
+namespace {
+
+constexpr int64_t kPanelRows = 256;      // rows prepared at a time: bounds the scratch memory
+constexpr int64_t kStripsPerTask = 4;    // 64 channels
+constexpr int64_t kSmallWork = 1 << 18;  // multiply-adds that are not worth a second thread
+
+}  // namespace
+
+size_t W4A8Gemm::ScratchBytes(int64_t rows) const {
+  const int64_t panel = std::min(rows, kPanelRows);
+  const int64_t sums = panel * weights_.groups * static_cast<int64_t>(sizeof(int32_t));
+  return static_cast<size_t>(RoundUp(panel * weights_.padded_k(), kAlignment) + sums + kAlignment);
+}
+
+void W4A8Gemm::Run(const Call& call, const Parallel& parallel) const {
+  const PackedWeights& w = weights_;
+  const auto address = RoundUp(reinterpret_cast<intptr_t>(call.scratch), kAlignment);
+  auto* prepared = reinterpret_cast<int8_t*>(address);
+  const size_t element_bytes = type_ == ElementType::kFloat32 ? 4 : 2;
+  for (int64_t first = 0; first < call.rows; first += kPanelRows) {
+    const int64_t rows = std::min(kPanelRows, call.rows - first);
+    auto* a_sum = reinterpret_cast<int32_t*>(address + RoundUp(rows * w.padded_k(), kAlignment));
+    const bool serial = rows * w.k * w.n <= kSmallWork;
+    const Parallel pool = serial ? Parallel{} : parallel;
+    const int64_t prepare_rows = 8;
+    pool.For(CeilDiv(rows, prepare_rows), [&](int64_t task) {
+      const int64_t row = task * prepare_rows;
+      kernels_.prepare(w, call.a + (first + row) * w.k, std::min(prepare_rows, rows - row),
+                       prepared + row * w.padded_k(), a_sum + row * w.groups);
+    });
+    GemmCall gemm;
+    gemm.weights = &w;
+    gemm.a = prepared;
+    gemm.a_sum = a_sum;
+    gemm.a_scale = call.a_scale + (call.per_token ? first : 0);
+    gemm.per_token = call.per_token;
+    gemm.zero_offset = call.a_zero_point - kActivationOffset;
+    gemm.type = type_;
+    gemm.y = static_cast<char*>(call.y) + static_cast<size_t>(first * w.n) * element_bytes;
+    pool.For(CeilDiv(w.strips, kStripsPerTask), [&](int64_t task) {
+      const int64_t strip = task * kStripsPerTask;
+      kernels_.gemm(gemm, 0, rows, strip, std::min(w.strips, strip + kStripsPerTask));
+    });
+  }
+}
+
+}  // namespace fptq::cpu

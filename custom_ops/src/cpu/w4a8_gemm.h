@@ -1,0 +1,44 @@
+// W4A8 matrix product on the CPU, free of onnxruntime.
+#ifndef FPTQ_CPU_W4A8_GEMM_H_
+#define FPTQ_CPU_W4A8_GEMM_H_
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cpu/gemm.h"
+#include "cpu/packed_weights.h"
+#include "cpu/parallel.h"
+
+namespace fptq::cpu {
+
+/// Packed weights and the kernels that read them. Immutable, so calls may run at the same time.
+class W4A8Gemm {
+ public:
+  W4A8Gemm(const WeightSource& source, const Kernels& kernels)
+      : weights_(Pack(source)), type_(source.type), kernels_(kernels) {}
+
+  /// Bytes of scratch that Run needs for `rows` rows.
+  size_t ScratchBytes(int64_t rows) const;
+
+  struct Call {
+    const uint8_t* a = nullptr;  ///< [rows][k]
+    int64_t rows = 0;
+    const float* a_scale = nullptr;  ///< one, or one per row
+    bool per_token = false;
+    uint8_t a_zero_point = 128;
+    void* y = nullptr;        ///< [rows][n]
+    void* scratch = nullptr;  ///< ScratchBytes(rows)
+  };
+  void Run(const Call& call, const Parallel& parallel) const;
+
+  const PackedWeights& weights() const { return weights_; }
+
+ private:
+  PackedWeights weights_;
+  ElementType type_;
+  const Kernels& kernels_;
+};
+
+}  // namespace fptq::cpu
+
+#endif  // FPTQ_CPU_W4A8_GEMM_H_

@@ -1,0 +1,1 @@
+"""Reading ONNX graphs: linear layers, their roles, norms, residual blocks and scale sites."""

@@ -1,0 +1,179 @@
+"""Load and save ONNX models: external data stays on disk, bad files are refused, results appear whole or not at all."""
+
+from __future__ import annotations
+
+__all__ = ["EXTERNAL_DATA_THRESHOLD", "load_model", "save_model", "source_files"]
+
+import logging
+import os
+import pathlib
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+
+import onnx
+import onnx_ir as ir
+import onnx_ir.passes.common
+from google.protobuf.message import DecodeError, EncodeError  # type: ignore[import-untyped]
+
+from fptq_onnx.errors import ModelError
+from fptq_onnx.graph.wellformed import check_graph, check_tensors
+
+logger = logging.getLogger(__name__)
+
+EXTERNAL_DATA_THRESHOLD = 100 * 2**20
+"""Bytes of initializers above which ``save_model`` writes them to a file of their own."""
+
+_SOURCE = "fptq_onnx.source"
+# Smaller tensors stay in the model file. The others start on a page, as memory mapping and vector loads like it.
+_EMBEDDED_BYTES = 1024
+_PAGE = 4096
+
+
+def load_model(path: str | os.PathLike[str]) -> ir.Model:
+    """Read a model, leaving external data on disk (memory-mapped when used).
+
+    Every node gets a unique name, and Constant tensors of 16 elements or more become initializers.
+
+    Args:
+        path: An ONNX file in protobuf form.
+
+    Returns:
+        The model; its external tensors are checked ``onnx_ir.ExternalTensor`` objects.
+
+    Raises:
+        ModelError: The file is missing, truncated or no ONNX model; the graph reads a value that nothing computes, or
+            has a cycle; a tensor does not have the bytes its shape needs; external data are missing, too short, given
+            by an absolute path or one with "..", or reached through a link that leaves the model's folder.
+    """
+    file = pathlib.Path(path).absolute()
+    proto = _parse(file)
+    check_tensors(proto, file)
+    try:
+        model = ir.serde.deserialize_model(proto)
+    except Exception as error:  # onnx_ir raises many kinds for malformed graphs
+        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(str(file), f"the graph cannot be read: {reason[0]}", "export the model again") from error
+    ir.external_data.set_base_dir(model.graph, file.parent)
+    check_graph(model, file)
+    if model.ir_version < 4:  # there initializers had to be inputs too
+        ir.passes.common.RemoveInitializersFromInputsPass()(model)
+    ir.passes.common.LiftConstantsToInitializersPass()(model)
+    ir.passes.common.NameFixPass(_NodeNames())(model)
+    model.meta[_SOURCE] = file
+    logger.debug("loaded %s: IR %d, opsets %s", file, model.ir_version, dict(model.opset_imports))
+    return model
+
+
+def source_files(model: ir.Model) -> set[pathlib.Path]:
+    """Return the files a model still reads from: its own and those of its external tensors, links resolved."""
+    files = {pathlib.Path(tensor.path).resolve() for tensor in _external_tensors(model)}
+    source = model.meta.get(_SOURCE)
+    return files if source is None else files | {pathlib.Path(source).resolve()}
+
+
+def save_model(model: ir.Model, path: str | os.PathLike[str]) -> None:
+    """Write a model so that ``path`` holds either the whole new model or what it held before.
+
+    Initializers go to ``<name>.data`` beside the model when they are over ``EXTERNAL_DATA_THRESHOLD`` bytes together or
+    the model had external data before; they are streamed, one tensor in memory at a time. The same model gives the
+    same bytes.
+
+    Args:
+        model: The model; it is not changed.
+        path: The file to write; its folder must exist.
+
+    Raises:
+        ModelError: ``path`` or its data file is a file the model was loaded from, or writing failed (folder missing or
+            read-only, disk full); then nothing is left behind.
+    """
+    file = pathlib.Path(path).absolute()
+    data = file.with_name(file.name + ".data")
+    sources = source_files(model)
+    for target in (file, data):
+        if target.resolve() in sources:
+            raise ModelError(str(target), "this is the file the model is read from", "choose another output path")
+    if file.is_dir():
+        raise ModelError(str(file), "the output path is a folder", "give the name of a file in it")
+    size = sum(
+        value.const_value.nbytes
+        for graph in model.graphs()
+        for value in graph.initializers.values()
+        if value.const_value is not None
+    )
+    external = size > EXTERNAL_DATA_THRESHOLD or any(True for _ in _external_tensors(model))
+    folder: pathlib.Path | None = None
+    try:
+        # A folder beside the target: same file system, so that the renames below cannot fail half-way.
+        folder = pathlib.Path(tempfile.mkdtemp(prefix=f".{file.name}.", dir=file.parent))
+        if external:
+            ir.save(
+                model,
+                folder / file.name,
+                format="protobuf",
+                external_data=data.name,
+                size_threshold_bytes=_EMBEDDED_BYTES,
+                alignment=_PAGE,
+                align_threshold=0,
+            )
+        else:
+            ir.save(model, folder / file.name, format="protobuf")
+        written_data = folder / data.name
+        # Never a moment in which an old model sits beside new data.
+        if file.exists() and (written_data.exists() or data.exists()):
+            file.unlink()
+        if written_data.exists():
+            os.replace(written_data, data)
+        os.replace(folder / file.name, file)
+    except OSError as error:
+        raise ModelError(
+            str(file), f"cannot be written: {error.strerror or error}", "check the folder and the free space"
+        ) from error
+    except (EncodeError, ir.serde.SerdeError, ValueError, TypeError) as error:
+        raise ModelError(str(file), f"the graph cannot be written: {error}", "report this as a bug") from error
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+    logger.debug("wrote %s (%d bytes of initializers, external data: %s)", file, size, external)
+
+
+def _parse(file: pathlib.Path) -> onnx.ModelProto:
+    try:
+        mode = file.stat().st_mode
+    except OSError as error:
+        raise ModelError(str(file), f"cannot be read: {error.strerror}", "check the path") from error
+    if not stat.S_ISREG(mode):
+        raise ModelError(str(file), "is not a regular file", "give the path of the .onnx file itself")
+    try:
+        proto = onnx.load(str(file), format="protobuf", load_external_data=False)
+    except OSError as error:
+        raise ModelError(str(file), f"cannot be read: {error.strerror}", "check the permissions") from error
+    except (DecodeError, RuntimeError, ValueError) as error:
+        raise ModelError(
+            str(file),
+            "is not a complete ONNX protobuf file (truncated, corrupt or another format)",
+            "copy or export it again",
+        ) from error
+    if not proto.HasField("graph") or not proto.opset_import or not proto.ir_version:
+        raise ModelError(
+            str(file), "is not an ONNX model: it has no graph, opset or IR version", "export the model again"
+        )
+    return proto
+
+
+def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                yield value.const_value
+
+
+class _NodeNames:
+    """Names for nodes and values that have none, read by ``NameFixPass``, which makes all names unique."""
+
+    def generate_node_name(self, node: ir.Node) -> str:
+        return node.name or node.op_type
+
+    def generate_value_name(self, value: ir.Value) -> str:
+        return value.name or "value"

@@ -2,8 +2,6 @@
 
 #include <numeric>
 
-#include "common/shape_inference.h"
-
 namespace fptq {
 
 DynamicQuantizeCall DynamicQuantizeCall::Check(const NodeLocation& location, const std::vector<int64_t>& x) {
@@ -23,12 +21,12 @@ void CheckDynamicQuantizeNode(const NodeLocation& location, Ort::ConstKernelInfo
   if (!x.empty()) DynamicQuantizeCall::Check(location, x);
 }
 
-void InferDynamicQuantizeShapes(Ort::ShapeInferContext& context) {
-  Ort::ShapeInferContext::Shape shape = context.GetInputShape(0);
+void InferDynamicQuantizeShapes(InferenceContext& context) {
+  SymbolicShape shape = context.InputShape(0);
   if (shape.empty()) return;  // unknown rank
-  SetOutputShape(context, 0, shape, ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8);
-  shape.back() = 1;
-  SetOutputShape(context, 1, shape, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
+  context.SetOutputShape(0, shape, ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8);
+  shape.back() = {1, ""};
+  context.SetOutputShape(1, shape, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
 }
 
 }  // namespace fptq

@@ -17,6 +17,7 @@
 #include "common/node_location.h"
 #include "common/op_base.h"
 #include "common/op_names.h"
+#include "common/shape_inference.h"
 #include "onnxruntime_cxx_api.h"
 
 namespace fptq {
@@ -34,7 +35,7 @@ struct DynamicQuantizeCall {
 /// Checks what is known at session creation.
 void CheckDynamicQuantizeNode(const NodeLocation& location, Ort::ConstKernelInfo info);
 
-void InferDynamicQuantizeShapes(Ort::ShapeInferContext& context);
+void InferDynamicQuantizeShapes(InferenceContext& context);
 
 /// The op for one T and one kernel (see OpBase for what the kernel provides).
 template <class Kernel, ONNXTensorElementDataType kType>
@@ -46,7 +47,7 @@ struct DynamicQuantizePerTokenOp : OpBase<DynamicQuantizePerTokenOp<Kernel, kTyp
   ONNXTensorElementDataType GetOutputType(size_t index) const {
     return index == 0 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
   }
-  static void InferShapes(Ort::ShapeInferContext& context) { InferDynamicQuantizeShapes(context); }
+  static void InferShapes(InferenceContext& context) { InferDynamicQuantizeShapes(context); }
 };
 
 }  // namespace fptq

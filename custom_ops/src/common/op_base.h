@@ -5,6 +5,7 @@
 #include <exception>
 #include <utility>
 
+#include "common/shape_inference.h"
 #include "onnxruntime_cxx_api.h"
 
 namespace fptq {
@@ -36,14 +37,14 @@ struct StatusKernel : Kernel {
 ///   void Compute(Ort::KernelContext)           may throw Ort::Exception
 ///   static constexpr const char* kProvider     execution provider, e.g. "CPUExecutionProvider"
 ///   static OrtMemType InputMemoryType(size_t)
-/// and `Op::InferShapes(Ort::ShapeInferContext&)` sets the output shapes it can.
+/// and `Op::InferShapes(InferenceContext&)` sets the output shapes it can.
 template <class Op, class Kernel>
 struct OpBase : Ort::CustomOpBase<Op, StatusKernel<Kernel>, /*WithStatus=*/true> {
   OpBase() {
     // Inference never fails a model: what is wrong is reported by the kernel, which knows the node's name.
     OrtCustomOp::InferOutputShapeFn = [](const OrtCustomOp*, OrtShapeInferContext* raw) -> OrtStatusPtr {
       OrtStatus* status = ToStatus([&] {
-        Ort::ShapeInferContext context(&Ort::GetApi(), raw);
+        InferenceContext context(raw);
         Op::InferShapes(context);
       });
       if (status != nullptr) Ort::GetApi().ReleaseStatus(status);

@@ -2,8 +2,6 @@
 
 #include <numeric>
 
-#include "common/shape_inference.h"
-
 namespace fptq {
 namespace {
 
@@ -137,12 +135,12 @@ W4A8MatMulCall W4A8MatMulCall::Check(const W4A8MatMulNode& node, const std::vect
   return call;
 }
 
-void InferW4A8MatMulShapes(Ort::ShapeInferContext& context, ONNXTensorElementDataType type) {
-  Ort::ShapeInferContext::Shape shape = context.GetInputShape(kInputA);
-  const Ort::ShapeInferContext::Shape& b = context.GetInputShape(kInputB);
+void InferW4A8MatMulShapes(InferenceContext& context, ONNXTensorElementDataType type) {
+  SymbolicShape shape = context.InputShape(kInputA);
+  const SymbolicShape b = context.InputShape(kInputB);
   if (shape.empty() || b.size() != 2) return;  // unknown rank
   shape.back() = b[1];
-  SetOutputShape(context, 0, shape, type);
+  context.SetOutputShape(0, shape, type);
 }
 
 }  // namespace fptq

@@ -21,6 +21,7 @@
 #include "common/node_location.h"
 #include "common/op_base.h"
 #include "common/op_names.h"
+#include "common/shape_inference.h"
 #include "onnxruntime_cxx_api.h"
 
 namespace fptq {
@@ -60,7 +61,7 @@ struct W4A8MatMulCall {
                               const std::vector<int64_t>& a_scale, const std::vector<int64_t>& a_zero_point);
 };
 
-void InferW4A8MatMulShapes(Ort::ShapeInferContext& context, ONNXTensorElementDataType type);
+void InferW4A8MatMulShapes(InferenceContext& context, ONNXTensorElementDataType type);
 
 /// The op for one T and one kernel (see OpBase for what the kernel provides).
 template <class Kernel, ONNXTensorElementDataType kType>
@@ -81,7 +82,7 @@ struct W4A8MatMulOp : OpBase<W4A8MatMulOp<Kernel, kType>, Kernel> {
   }
   size_t GetOutputTypeCount() const { return 1; }
   ONNXTensorElementDataType GetOutputType(size_t) const { return kType; }
-  static void InferShapes(Ort::ShapeInferContext& context) { InferW4A8MatMulShapes(context, kType); }
+  static void InferShapes(InferenceContext& context) { InferW4A8MatMulShapes(context, kType); }
 };
 
 }  // namespace fptq

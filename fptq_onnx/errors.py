@@ -23,11 +23,11 @@ class FptqError(Exception):
     """
 
     def __init__(self, where: str, reason: str, fix: str) -> None:
-        """Compose the one-line message "where: reason. fix."."""
+        """Compose the one-line message "where: reason. Fix."."""
         self.where = where
-        self.reason = reason
-        self.fix = fix
-        super().__init__(f"{where}: {reason}. {fix}.")
+        self.reason = reason.rstrip(".")
+        self.fix = fix[:1].upper() + fix[1:].rstrip(".")
+        super().__init__(f"{where}: {self.reason}. {self.fix}.")
 
 
 class ModelError(FptqError):

@@ -1,0 +1,29 @@
+"""Fixtures shared by all tests: the tiny models in every graph family."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import families
+
+
+def _identifier(parameter: object) -> str:
+    return "-".join(parameter) if isinstance(parameter, tuple) else str(parameter)
+
+
+@pytest.fixture(params=families.LLAMA_FAMILIES)
+def tiny_llama(request: pytest.FixtureRequest) -> families.TinyModel:
+    """The same tiny Llama (GQA, tied lm_head) in each of its four graph families."""
+    return families.model("llama", request.param)
+
+
+@pytest.fixture(params=families.ALL_MODELS, ids=_identifier)
+def tiny_model(request: pytest.FixtureRequest) -> families.TinyModel:
+    """Every tiny model in every family."""
+    return families.model(*request.param)

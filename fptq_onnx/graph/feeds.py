@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -228,6 +227,8 @@ def describe_inputs(model: ir.Model) -> ModelInputs:
         if value.name is None or value.name in model.graph.initializers:
             continue
         shape = None if value.shape is None else tuple(d if isinstance(d, int) else d.value for d in value.shape)
+        if shape is not None and len(shape) == 4 and not isinstance(shape[3], int):
+            shape = (*shape[:3], _head_size(value) or shape[3])
         inputs.append(ModelInput(value.name, _numpy_type(value.dtype), shape))
     described = ModelInputs(tuple(inputs))
     tokens = described.token_input
@@ -306,27 +307,60 @@ def _empty_cache(spec: ModelInput, batch: int) -> Array | None:
 def _embedding_rows(token_ids: ir.Value) -> int | None:
     """Rows of the constant table that token ids are looked up in; None if no such lookup is found."""
     pending, seen = [token_ids], {token_ids}
-    rows = math.inf
+    found = []
     while pending:
-        value = pending.pop()
-        for use in value.uses():
+        for use in pending.pop().uses():
             node = use.node
             if node.op_type in ("Gather", "GatherBlockQuantized") and use.idx == 1:
-                table = _root(node.inputs[0])
-                attribute = node.attributes.get_int("axis", node.attributes.get_int("gather_axis", 0))
-                if table is not None and table.const_value is not None and attribute == 0:
-                    rows = min(rows, table.const_value.shape.numpy()[0])
+                axis = node.attributes.get_int("gather_axis", node.attributes.get_int("axis", 0))
+                rows = _constant_rows(node.inputs[0]) if axis == 0 else None
+                found += [] if rows is None else [rows]
             elif node.op_type in _PASS_THROUGH and use.idx == 0 and node.outputs[0] not in seen:
                 seen.add(node.outputs[0])
                 pending.append(node.outputs[0])
-    return None if rows == math.inf else int(rows)
+    return min(found, default=None)
 
 
-def _root(value: ir.Value | None) -> ir.Value | None:
-    """The initializer behind the nodes that keep the rows of a table."""
-    while value is not None and value.const_value is None:
-        node = value.producer()
-        if node is None or node.op_type not in ("DequantizeLinear", "Cast", "Identity"):
+def _constant_rows(table: ir.Value | None) -> int | None:
+    """First dimension of an initializer, also through a Transpose (tied lm_head) or what keeps its rows."""
+    axis = 0
+    while table is not None:
+        if table.const_value is not None:
+            return table.const_value.shape.numpy()[axis]
+        node = table.producer()
+        if node is None or node.op_type not in ("DequantizeLinear", "Cast", "Identity", "Transpose"):
             return None
-        value = node.inputs[0]
-    return value
+        if node.op_type == "Transpose":
+            axis = -1 - axis
+        table = node.inputs[0]
+    return None
+
+
+def _head_size(cache: ir.Value) -> int | None:
+    """Last dimension of a cache that declares it by a symbol, as onnxruntime-genai does, from its attention node."""
+    for use in cache.uses():
+        node = use.node
+        if node.op_type != "GroupQueryAttention":
+            continue
+        heads = node.attributes.get_int("num_heads", 0)
+        if node.inputs[1] is None:  # the first input holds query, key and value
+            heads += 2 * node.attributes.get_int("kv_num_heads", 0)
+        width = _width(node.inputs[0])
+        if heads and width:
+            return width // heads
+    return None
+
+
+def _width(value: ir.Value | None) -> int | None:
+    """Last dimension of an activation, declared or taken from the weight, bias or scale that makes it."""
+    if value is None:
+        return None
+    if value.shape is not None and len(value.shape) and isinstance(value.shape[-1], int):
+        return value.shape[-1]
+    node = value.producer()
+    if node is None:
+        return None
+    if node.op_type == "MatMulNBits":
+        return node.attributes.get_int("N", 0) or None
+    constants = [v.const_value for v in node.inputs if v is not None and v.const_value is not None]
+    return next((array.shape.numpy()[-1] for array in reversed(constants) if len(array.shape)), None)

@@ -34,7 +34,8 @@ _PAGE = 4096
 def load_model(path: str | os.PathLike[str]) -> ir.Model:
     """Read a model, leaving external data on disk (memory-mapped when used).
 
-    Every node gets a unique name, and Constant tensors of 16 elements or more become initializers.
+    Every node gets a unique name, Constant tensors of 16 elements or more become initializers, and shapes are inferred
+    where the file has hardly any.
 
     Args:
         path: An ONNX file in protobuf form.
@@ -61,6 +62,7 @@ def load_model(path: str | os.PathLike[str]) -> ir.Model:
         ir.passes.common.RemoveInitializersFromInputsPass()(model)
     ir.passes.common.LiftConstantsToInitializersPass()(model)
     ir.passes.common.NameFixPass(_NodeNames())(model)
+    _infer_missing_shapes(model)
     model.meta[_SOURCE] = file
     logger.debug("loaded %s: IR %d, opsets %s", file, model.ir_version, dict(model.opset_imports))
     return model
@@ -160,6 +162,13 @@ def _parse(file: pathlib.Path) -> onnx.ModelProto:
             str(file), "is not an ONNX model: it has no graph, opset or IR version", "export the model again"
         )
     return proto
+
+
+def _infer_missing_shapes(model: ir.Model) -> None:
+    """Infer shapes when most are missing, as in files of torch's older exporter: head counts are read off them."""
+    outputs = [output for node in model.graph for output in node.outputs]
+    if 2 * sum(output.shape is None for output in outputs) > len(outputs):
+        ir.passes.common.ShapeInferencePass(check_type=False, strict_mode=False)(model)
 
 
 def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:

@@ -1,0 +1,229 @@
+"""Find where an equalization scale on an activation can be folded, so that no node has to be added.
+
+Dividing channel k of an activation by s[k] is free when the activation is the result of a normalization (divide its
+weight and bias) or a linear function of what an earlier linear layer gives (divide its weight columns and bias): the
+value projection for the attention output projection, the up projection for the down projection.
+"""
+
+from __future__ import annotations
+
+__all__ = ["ScaleSite", "ScaleTarget", "find_scale_site"]
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+
+from fptq_onnx.graph.activation_groups import ActivationGroup
+from fptq_onnx.graph.channels import Layout, LayoutError, channels_of_last, follow, start
+from fptq_onnx.graph.constants import constant_array, constant_shape, root_initializer
+from fptq_onnx.graph.linears import LinearLayer, LinearSearch
+from fptq_onnx.graph.norms import FUSED_NORMS, is_normalized
+from fptq_onnx.graph.trails import Trail, check_readers, find_trails
+
+
+class Use(NamedTuple):
+    """One input of one node; equal to the entries of ``onnx_ir.Value.uses()``."""
+
+    node: ir.Node
+    idx: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ScaleTarget:
+    """An initializer to divide: entry i along ``axis`` by s[channels[i]], or not at all where channels[i] is -1.
+
+    Attributes:
+        initializer: The tensor, float.
+        axis: Axis of the initializer, not negative.
+        channels: int64 [initializer.shape[axis]], indices into s.
+        uses: The node inputs that must read the divided tensor.
+    """
+
+    initializer: ir.Value
+    axis: int
+    channels: np.ndarray
+    uses: tuple[Use, ...]
+
+    @property
+    def shared(self) -> bool:
+        """Whether others read the initializer too: then divide a private copy and give it to ``uses`` alone.
+
+        Exporters merge equal tensors, so even norms that have nothing in common may share a weight. Evaluated anew each
+        time, as dividing one site gives it its own copy.
+        """
+        return self.initializer.is_graph_output() or not set(self.initializer.uses()) <= set(self.uses)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ScaleSite:
+    """Where 1/s of an activation with K channels goes.
+
+    Attributes:
+        kind: "norm": weight (and bias) of a normalization or a Mul by a vector; "linear": columns (and bias) of an
+            earlier linear layer; "none": nowhere, insert a Mul.
+        reason: Where the scale goes, or why it cannot be folded; a clause for the report.
+        targets: What to divide; empty for "none".
+        tie_groups: int64 [K]: channels with equal entries must get equal s, as they come from one channel of the
+            producer (query heads that share a value head); 0..K-1 when every channel is free.
+        producer: The node that the targets belong to; None for "none".
+        scales_cache: The values in the key-value cache come out divided too: caches of the model before and after must
+            not be mixed. The logits stay the same.
+    """
+
+    kind: Literal["norm", "linear", "none"]
+    reason: str
+    targets: tuple[ScaleTarget, ...]
+    tie_groups: np.ndarray
+    producer: ir.Node | None = None
+    scales_cache: bool = False
+
+
+def find_scale_site(model: ir.Model, group: ActivationGroup, linears: LinearSearch) -> ScaleSite:
+    """Find the initializers that take 1/s of a group's activation.
+
+    Args:
+        model: The model ``linears`` was found in.
+        group: The layers that read the activation; their weight rows are to be multiplied by s.
+        linears: Result of ``find_linears``.
+
+    Returns:
+        A site such that dividing its targets and multiplying row k of every weight of the group by s[k] leaves every
+        output of the model unchanged (but for a cache, see ``scales_cache``), for s > 0 constant over tie groups.
+    """
+    layers = {layer.node: layer for layer in linears.layers}
+    free = np.arange(group.k, dtype=np.int64)
+    try:
+        trails = find_trails(group.activation, layers.keys(), linears.flow)
+        for trail in trails[:-1]:
+            try:
+                return _site(trail, group, layers)
+            except LayoutError:
+                continue
+        return _site(trails[-1], group, layers)
+    except LayoutError as error:
+        origins = linears.flow.linears(group.activation)
+        reason = str(error)
+        if origins and all(origins.values()):
+            sources = ", ".join(layers[node].label for node in origins)
+            reason = f"a non-linear function lies between {sources} and the activation"
+        return ScaleSite("none", reason, (), free)
+
+
+def _site(trail: Trail, group: ActivationGroup, layers: Mapping[ir.Node, LinearLayer]) -> ScaleSite:
+    source = layers.get(trail.source)
+    layouts = [start(_norm_width(trail.source) if source is None else source.n, trail.output)]
+    for step in trail.steps:
+        layouts.append(follow(layouts[-1], *step))
+    channels = channels_of_last(layouts[-1], group.k)
+    inverse = _inverse(channels, layouts[0])
+    cached = check_readers(trail, layouts, {layer.node for layer in group.layers}, np.unique(channels))
+    own = _norm_targets(trail.source, inverse) if source is None else _linear_targets(source, inverse)
+    targets = (*own, *_bias_targets(trail, layouts, inverse))
+    if source is not None:
+        ties = np.unique(channels, return_inverse=True)[1].reshape(-1).astype(np.int64)
+        reason = f"output channels of {source.label} ({source.name})"
+        return ScaleSite("linear", reason, targets, ties, source.node, cached)
+    what = "vector" if trail.source.op_type == "Mul" and not _scales_a_norm(trail.source) else "norm weight"
+    reason = f"{what} {own[0].initializer.name} ({trail.source.name})"
+    return ScaleSite("norm", reason, targets, np.arange(group.k, dtype=np.int64), trail.source, cached)
+
+
+def _scales_a_norm(node: ir.Node) -> bool:
+    data = node.inputs[1 - _norm_weight_index(node)]
+    while data is not None and (producer := data.producer()) is not None and producer.op_type == "Cast":
+        data = producer.inputs[0]
+    return data is not None and is_normalized(data) is not None
+
+
+def _norm_width(node: ir.Node) -> int:
+    return int(constant_shape(*_norm_weight(node))[-1])
+
+
+def _norm_weight(node: ir.Node) -> tuple[ir.Value, tuple[ir.Node, ...]]:
+    return _root(node.inputs[_norm_weight_index(node)])
+
+
+def _norm_weight_index(node: ir.Node) -> int:
+    if node.op_type == "Mul":
+        return next(index for index, operand in enumerate(node.inputs) if root_initializer(operand) is not None)
+    return FUSED_NORMS[node.domain, node.op_type][1]
+
+
+def _inverse(channels: np.ndarray, source: Layout) -> np.ndarray:
+    """For each channel of the source the first activation channel it becomes, -1 for none: int64 [channels]."""
+    width = source.dims[-1][0].size
+    assert width is not None
+    inverse = np.full(width, -1, np.int64)
+    inverse[channels[::-1]] = np.arange(len(channels), dtype=np.int64)[::-1]
+    return inverse
+
+
+def _linear_targets(layer: LinearLayer, inverse: np.ndarray) -> list[ScaleTarget]:
+    axis = 0 if layer.node.op_type == "Gemm" and _flag(layer.node, "transB") else 1
+    weight = _target(layer.node, 1, axis, inverse)
+    if weight.shared:  # a copy would leave the other layers' view of this weight behind
+        raise LayoutError(f"the weight {layer.weight.name} of {layer.label} is read by other nodes too")
+    targets = [weight]
+    if layer.bias is not None and layer.bias_node is None:
+        targets.append(_target(layer.node, 2, -1, inverse))
+    return targets
+
+
+def _norm_targets(node: ir.Node, inverse: np.ndarray) -> list[ScaleTarget]:
+    targets = [_target(node, _norm_weight_index(node), -1, inverse)]
+    bias = None if node.op_type == "Mul" else FUSED_NORMS[node.domain, node.op_type][2]
+    if bias is not None and len(node.inputs) > bias and node.inputs[bias] is not None:
+        targets.append(_target(node, bias, -1, inverse))
+    return targets
+
+
+def _bias_targets(trail: Trail, layouts: list[Layout], inverse: np.ndarray) -> list[ScaleTarget]:
+    """Constants added between the source and the activation are divided like what they are added to."""
+    targets = []
+    for (node, input_index, _), layout in zip(trail.steps, layouts, strict=False):
+        if node.op_type != "Add":
+            continue
+        operand = node.inputs[1 - input_index]
+        array = constant_array(operand)
+        if array is not None and not array.any():
+            continue
+        shape = constant_shape(*_root(operand))
+        if not shape or shape[-1] == 1 or math.prod(shape) != shape[-1]:
+            raise LayoutError(f"{node.name} adds a constant of shape {list(shape)} on the way")
+        channels = channels_of_last(layout, shape[-1])
+        targets.append(_target(node, 1 - input_index, -1, inverse[channels]))
+    return targets
+
+
+def _target(node: ir.Node, input_index: int, axis: int, channels: np.ndarray) -> ScaleTarget:
+    """Describe the division of what a node input reads, along ``axis`` of it, in terms of the root initializer."""
+    root, path = _root(node.inputs[input_index])
+    rank = len(constant_shape(root, path))
+    axis %= rank
+    for step in reversed(path):
+        if step.op_type == "DequantizeLinear":
+            raise LayoutError(f"{root.name} is quantized already")
+        if len(step.outputs[0].uses()) != 1 or step.outputs[0].is_graph_output():
+            raise LayoutError(f"{root.name} is read through the {step.op_type} node {step.name} by others too")
+        if step.op_type == "Transpose":
+            permutation = step.attributes["perm"].as_ints() if "perm" in step.attributes else range(rank)[::-1]
+            axis = permutation[axis]
+    if constant_shape(root, ())[axis] != len(channels):
+        raise LayoutError(f"{root.name} has shape {list(constant_shape(root, ()))}, not one entry per channel")
+    first = Use(path[0], 0) if path else Use(node, input_index)
+    return ScaleTarget(root, axis, channels, (first,))
+
+
+def _root(value: ir.Value | None) -> tuple[ir.Value, tuple[ir.Node, ...]]:
+    found = root_initializer(value)
+    if found is None:
+        raise LayoutError(f"{'an input' if value is None else value.name} is not constant")
+    return found
+
+
+def _flag(node: ir.Node, name: str) -> bool:
+    return name in node.attributes and bool(node.attributes[name].as_int())

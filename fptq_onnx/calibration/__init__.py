@@ -1,0 +1,1 @@
+"""Calibration: streaming statistics of activations, reduced inside the graph while onnxruntime runs it."""

@@ -1,0 +1,112 @@
+"""Sessions of models that exist only in memory, of any size, without a temporary file."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from fptq_onnx.errors import CalibrationError, RuntimeUnavailableError
+
+__all__ = ["memory_session"]
+
+logger = logging.getLogger(__name__)
+
+# Smaller tensors are part of the serialized graph; shape constants must be, for shape inference to see them.
+_INLINE_BYTES = 1024
+
+
+def memory_session(
+    model: ir.Model,
+    providers: Sequence[str] = ("CPUExecutionProvider",),
+    *,
+    threads: int | None = None,
+    configure: Callable[[Any], None] | None = None,
+) -> Any:
+    """Create an onnxruntime session for a model in memory.
+
+    Only the graph is serialized. Weights in an external data file are left there for onnxruntime to map; others are
+    handed over by reference (`SessionOptions.add_external_initializers`), so the 2 GB limit of protobuf is out of
+    reach. Nodes run in graph order, not in onnxruntime's default depth-first order, which would run the whole
+    network before the reductions of an observed model and so keep every activation alive.
+
+    Args:
+        model: Left as it is.
+        providers: Execution providers.
+        threads: Intra-op threads, onnxruntime's choice if None.
+        configure: Receives the SessionOptions before the session is made, such as to register a custom-op library.
+
+    Raises:
+        RuntimeUnavailableError: onnxruntime is not installed.
+        CalibrationError: onnxruntime refuses the model.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise RuntimeUnavailableError(
+            "onnxruntime", "is not installed", "Install fptq-onnx[cpu] or fptq-onnx[gpu]"
+        ) from error
+    options = onnxruntime.SessionOptions()
+    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if configure is not None:
+        configure(options)
+    copy = model.clone()
+    folder = _common_folder(copy)
+    if folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+    weights = _detach_weights(copy, folder, onnxruntime)
+    if weights:
+        options.add_external_initializers(list(weights), list(weights.values()))
+    logger.debug("session with %d weights by reference, external data in %s", len(weights), folder)
+    try:
+        session = onnxruntime.InferenceSession(
+            ir.to_proto(copy).SerializeToString(), options, providers=list(providers)
+        )
+    except Exception as error:  # onnxruntime's exceptions have no common base
+        raise CalibrationError(
+            "the model", f"cannot be loaded by onnxruntime: {error}", "Check it with onnx.checker"
+        ) from error
+    session.fptq_weights = weights  # the session only borrows them
+    return session
+
+
+def _common_folder(model: ir.Model) -> str | None:
+    """The folder of the external data, if there is just one."""
+    folders = {
+        os.path.abspath(value.const_value.base_dir)
+        for value in model.graph.initializers.values()
+        if isinstance(value.const_value, ir.ExternalTensor)
+    }
+    return folders.pop() if len(folders) == 1 else None
+
+
+def _detach_weights(model: ir.Model, folder: str | None, onnxruntime: Any) -> dict[str, Any]:
+    """Replace large weights by references to nowhere and return their contents as OrtValues by name."""
+    weights = {}
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None or tensor.nbytes <= _INLINE_BYTES:
+            continue
+        if isinstance(tensor, ir.ExternalTensor) and folder is not None:
+            continue
+        array = np.ascontiguousarray(tensor.numpy())
+        if tensor.dtype == ir.DataType.BFLOAT16:
+            weights[name] = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(
+                array.view(np.uint16), int(tensor.dtype)
+            )
+        elif array.dtype.kind in "biuf":
+            weights[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
+        else:  # int4 and float8: numpy has no such type to hand over, so they go into the serialized graph
+            value.const_value = ir.Tensor(array, dtype=tensor.dtype, name=name)
+            continue
+        value.const_value = ir.ExternalTensor(
+            "in-memory", 0, tensor.nbytes, dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name
+        )
+    return weights

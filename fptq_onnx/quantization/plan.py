@@ -35,7 +35,7 @@ class LayerPlan:
         k: Input features.
         n: Output features.
         activation: Name of the value it reads.
-        activation_range: Range v of that value in calibration, before equalization.
+        activation_range: Range v of that value in calibration, before equalization; None if it was not observed.
         scheme: How the activation becomes int8. Editable; the same for all layers that read one activation.
         equalization: "none", "lae" or "smoothquant". Editable, likewise shared; goes with scheme "equalized-static".
         weight_method: "float" or an int4 grid. Editable; "float" leaves the layer's weight as it is.
@@ -52,7 +52,7 @@ class LayerPlan:
     k: int
     n: int
     activation: str
-    activation_range: float
+    activation_range: float | None
     scheme: Scheme
     equalization: EqualizationMethod
     weight_method: WeightMethod

@@ -1,0 +1,36 @@
+"""Make a model self-contained: every `fptq` op it uses gets a function body of standard operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import onnx_ir as ir
+
+from fptq_onnx.ops import DOMAIN, VERSION, dynamic_quantize_per_token, w4a8_matmul
+
+__all__ = ["AddFunctionsPass"]
+
+FUNCTIONS: dict[str, Callable[[], ir.Function]] = {
+    dynamic_quantize_per_token.NAME: dynamic_quantize_per_token.function,
+    w4a8_matmul.NAME: w4a8_matmul.function,
+}
+
+
+class AddFunctionsPass(ir.passes.InPlacePass):
+    """Import the `fptq` domain and add the model-local functions of the ops in use.
+
+    A runtime that has the op library registered runs its kernels; any other inlines the functions.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Add what is used and not there yet."""
+        used = {node.op_type for node in model.graph if node.domain == DOMAIN}
+        modified = False
+        for name in sorted(used):
+            function = FUNCTIONS[name]()
+            if function.identifier() not in model.functions:
+                model.functions[function.identifier()] = function
+                modified = True
+        if used:
+            model.graph.opset_imports[DOMAIN] = VERSION
+        return ir.passes.PassResult(model, modified)

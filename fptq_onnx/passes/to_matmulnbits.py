@@ -1,0 +1,58 @@
+"""Linear layers -> onnxruntime's own `com.microsoft.MatMulNBits`: int4 weights, float activations."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from fptq_onnx.errors import RecipeError
+from fptq_onnx.graph.linears import LinearLayer
+from fptq_onnx.passes.editing import add_constant
+from fptq_onnx.passes.replace_linears import ActivationQuantizer, ReplaceLinearsPass
+from fptq_onnx.quantization.int4 import QuantizedWeight
+
+__all__ = ["ToMatMulNBitsPass"]
+
+MICROSOFT = "com.microsoft"
+SMALLEST_BLOCK = 16
+# The level at which onnxruntime's CPU kernel computes in int8; other providers ignore it.
+ACCURACY_LEVEL_INT8 = 4
+
+
+class ToMatMulNBitsPass(ReplaceLinearsPass):
+    """MatMul(X, W) -> MatMulNBits(X, int4 W), for execution providers that this package has no kernel for."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Run, then import the operator's domain."""
+        result = super().call(model)
+        if result.modified:
+            model.graph.opset_imports.setdefault(MICROSOFT, 1)
+        return result
+
+    def replace(self, layer: LinearLayer, quantizer: ActivationQuantizer, weight: QuantizedWeight) -> None:
+        """Re-pack the integers as unsigned nibbles [N, K/block, block/2] with zero point 8; scales keep their sign.
+
+        Raises:
+            RecipeError: The block size is not a power of two of at least 16, which the operator demands.
+        """
+        block = weight.block_size
+        if block < SMALLEST_BLOCK or block & (block - 1):
+            raise RecipeError(
+                f"layer {layer.name}",
+                f"MatMulNBits needs a block size that is a power of two >= {SMALLEST_BLOCK}, not {block}",
+                "Set weights.group_size to 32, 64 or 128 or use --format custom",
+            )
+        graph = layer.node.graph
+        assert isinstance(graph, ir.Graph)
+        k, n = weight.q.shape
+        blocks = -(-k // block)
+        unsigned = np.full((n, blocks * block), 8, dtype=np.uint8)
+        unsigned[:, :k] = (weight.q.T + 8).astype(np.uint8)
+        packed = (unsigned[:, 0::2] | (unsigned[:, 1::2] << 4)).reshape(n, blocks, block // 2)
+        integers = add_constant(graph, f"{layer.name}.weight_nbits", packed)
+        scale = add_constant(graph, f"{layer.name}.weight_scale", np.ascontiguousarray(weight.scale.T).reshape(-1))
+        attributes = {"K": k, "N": n, "bits": 4, "block_size": block, "accuracy_level": ACCURACY_LEVEL_INT8}
+        matmul = ir.node(
+            "MatMulNBits", [layer.activation, integers, scale], attributes, domain=MICROSOFT, name=layer.name
+        )
+        self.finish(layer, matmul)

@@ -1,0 +1,38 @@
+"""Linear layers -> the same arithmetic simulated in standard operators, for tools and runtimes without the op library."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from fptq_onnx.graph.linears import LinearLayer
+from fptq_onnx.passes.editing import add_constant, add_int4_constant
+from fptq_onnx.passes.replace_linears import ActivationQuantizer, ReplaceLinearsPass
+from fptq_onnx.quantization.int4 import QuantizedWeight
+
+__all__ = ["ToQdqPass"]
+
+
+class ToQdqPass(ReplaceLinearsPass):
+    """MatMul(X, W) -> MatMul(dequantize(quantize(X)), DequantizeLinear(int4 W)).
+
+    The activation is dequantized by Sub and Mul rather than DequantizeLinear: onnxruntime re-orders or fuses
+    QuantizeLinear/DequantizeLinear pairs, and a per-token scale has no DequantizeLinear form.
+    """
+
+    def replace(self, layer: LinearLayer, quantizer: ActivationQuantizer, weight: QuantizedWeight) -> None:
+        """Insert the round trip of the activation (once) and of the weight."""
+        graph = layer.node.graph
+        assert isinstance(graph, ir.Graph)
+        activation = self.dequantized_activation(layer, quantizer)
+        integers = add_int4_constant(graph, f"{layer.name}.weight_int4", weight.q)
+        scale = add_constant(graph, f"{layer.name}.weight_scale", weight.scale)
+        dequantize = ir.node(
+            "DequantizeLinear",
+            [integers, scale],
+            {"axis": 0, "block_size": weight.block_size},
+            name=f"{layer.name}.dequantize_weight",
+        )
+        dequantize.outputs[0].name = f"{layer.name}.weight"
+        dequantize.outputs[0].type, dequantize.outputs[0].shape = scale.type, integers.shape
+        graph.insert_before(layer.node, [dequantize])
+        self.finish(layer, ir.node("MatMul", [activation, dequantize.outputs[0]], name=layer.name))

@@ -1,0 +1,36 @@
+"""Linear layers -> `fptq.W4A8MatMul`, the integer op of this package's custom-op library."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from fptq_onnx.graph.linears import LinearLayer
+from fptq_onnx.ops import w4a8_matmul
+from fptq_onnx.passes.editing import add_constant, add_int4_constant
+from fptq_onnx.passes.replace_linears import ActivationQuantizer, ReplaceLinearsPass
+from fptq_onnx.quantization.int4 import QuantizedWeight
+
+__all__ = ["ToW4A8Pass"]
+
+
+class ToW4A8Pass(ReplaceLinearsPass):
+    """MatMul(X, W) -> W4A8MatMul(QuantizeLinear(X) | DynamicQuantizePerToken(X), int4 W)."""
+
+    def replace(self, layer: LinearLayer, quantizer: ActivationQuantizer, weight: QuantizedWeight) -> None:
+        """Insert the quantize node (once per activation) and the integer MatMul."""
+        graph = layer.node.graph
+        assert isinstance(graph, ir.Graph)
+        activation = self.quantized_activation(layer, quantizer)
+        integers = add_int4_constant(graph, f"{layer.name}.weight_int4", weight.q)
+        scale = add_constant(graph, f"{layer.name}.weight_scale", weight.scale)
+        matmul = w4a8_matmul.w4a8_matmul(
+            activation.data,
+            activation.scale,
+            activation.zero_point,
+            integers,
+            scale,
+            block_size=weight.block_size,
+            scale_max_multiple=weight.scale_max_multiple,
+            name=layer.name,
+        )
+        self.finish(layer, matmul)

@@ -1,0 +1,18 @@
+"""The custom operators: their meaning, function bodies, node builders and compiled library."""
+
+from __future__ import annotations
+
+__all__ = [
+    "BODY_OPSET",
+    "DOMAIN",
+    "VERSION",
+    "LibraryInfo",
+    "dynamic_quantize_per_token",
+    "get_library_path",
+    "library_info",
+    "w4a8_matmul",
+]
+
+from fptq_onnx.ops import dynamic_quantize_per_token, w4a8_matmul
+from fptq_onnx.ops.domain import BODY_OPSET, DOMAIN, VERSION
+from fptq_onnx.ops.library import LibraryInfo, get_library_path, library_info

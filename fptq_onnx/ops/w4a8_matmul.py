@@ -1,0 +1,129 @@
+"""W4A8MatMul: uint8 activations times int4 weights with group scales.
+
+``Y = a_scale * sum_g b_scale[g, n] * sum_{k in group g} (A - a_zero_point)[..., k] * B[k, n]``, inner sums in integers.
+
+=============  ===========================  =====================================================================
+input          type                         shape
+=============  ===========================  =====================================================================
+A              uint8                        [..., K], rank 1 or more
+a_scale        float32                      [] or [1] (static), or [..., 1] (one per row)
+a_zero_point   uint8                        [] or [1]; 128 for symmetric quantization
+B              int4, constant               [K, N], row-major, -8..7
+b_scale        T, constant                  [ceil(K / block_size), N], any sign; the last group may be short
+Y              T                            [..., N]; T is float32, float16 or bfloat16
+=============  ===========================  =====================================================================
+
+Attributes: ``block_size`` (1..K; K means per channel) and ``scale_max_multiple`` (0, or m in 1..15: every column's
+scales are base * i with integers |i| <= m, which lets kernels stay in integers over all of K).
+"""
+
+from __future__ import annotations
+
+__all__ = ["NAME", "function", "group_sums", "reference", "w4a8_matmul"]
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from fptq_onnx.ops.domain import DOMAIN, function_from_text
+
+NAME = "W4A8MatMul"
+
+# The product is float32 for every T: CPU and CUDA providers have float32 kernels for all of these, float16 and bfloat16
+# differ by version. At optimisation level EXTENDED and above onnxruntime turns DequantizeLinear + MatMul into its own
+# MatMulNBits; the session entry "session.qdq_matmulnbits_accuracy_level" = "0" keeps the numerics written here.
+_BODY = f"""
+{NAME} <block_size, scale_max_multiple: int = 0> (A, a_scale, a_zero_point, B, b_scale) => (Y)
+{{
+  scale = Cast <to = 1> (b_scale)
+  weight = DequantizeLinear <axis = 0, block_size: int = @block_size> (B, scale)
+  a = Cast <to = 1> (A)
+  zero = Cast <to = 1> (a_zero_point)
+  centered = Sub (a, zero)
+  product = MatMul (centered, weight)
+  scaled = Mul (product, a_scale)
+  Y = CastLike (scaled, b_scale)
+}}
+"""
+
+
+def function() -> ir.Function:
+    """Return the op as a function of standard ONNX operators, for runtimes without the op library."""
+    return function_from_text(_BODY)
+
+
+def w4a8_matmul(
+    a: ir.Value,
+    a_scale: ir.Value,
+    a_zero_point: ir.Value,
+    b: ir.Value,
+    b_scale: ir.Value,
+    *,
+    block_size: int,
+    scale_max_multiple: int = 0,
+    name: str | None = None,
+) -> ir.Node:
+    """Build a W4A8MatMul node (see the module docstring for types and shapes).
+
+    Returns:
+        The node; its single output has the type of ``b_scale`` and, where A's shape is known, a shape.
+    """
+    node = ir.node(
+        NAME,
+        [a, a_scale, a_zero_point, b, b_scale],
+        attributes={"block_size": block_size, "scale_max_multiple": scale_max_multiple},
+        domain=DOMAIN,
+        name=name,
+    )
+    output = node.outputs[0]
+    if b_scale.dtype is not None:
+        output.type = ir.TensorType(b_scale.dtype)
+    if a.shape is not None and b.shape is not None:
+        output.shape = ir.Shape([*a.shape[:-1], b.shape[1]])
+    return node
+
+
+def group_sums(
+    a: npt.NDArray[np.uint8], a_zero_point: int, b: npt.NDArray[np.integer], block_size: int
+) -> npt.NDArray[np.int64]:
+    """Compute the exact integer sums of each group.
+
+    Args:
+        a: Activations [..., K].
+        a_zero_point: Subtracted from ``a``, 0..255.
+        b: Weights [K, N], -8..7.
+        block_size: Rows of ``b`` per group; the last group may be short.
+
+    Returns:
+        int64 [..., G, N] with G = ceil(K / block_size).
+    """
+    centered = a.astype(np.int64) - int(a_zero_point)
+    weight = b.astype(np.int64)
+    starts = range(0, weight.shape[0], block_size)
+    return np.stack([centered[..., k : k + block_size] @ weight[k : k + block_size] for k in starts], axis=-2)
+
+
+def reference(
+    a: npt.NDArray[np.uint8],
+    a_scale: npt.NDArray[np.float32] | float,
+    a_zero_point: int,
+    b: npt.NDArray[np.integer],
+    b_scale: npt.NDArray[np.generic],
+    block_size: int,
+) -> npt.NDArray[np.float64]:
+    """Compute the op: integer group sums in int64, everything after them in float64.
+
+    Args:
+        a: Activations, uint8 [..., K].
+        a_scale: float32 [] or [1] or [..., 1].
+        a_zero_point: 0..255.
+        b: Weights [K, N], -8..7.
+        b_scale: Group scales [G, N] in float32, float16 or bfloat16.
+        block_size: Rows of ``b`` per group.
+
+    Returns:
+        float64 [..., N], not rounded to T.
+    """
+    sums = group_sums(a, a_zero_point, b, block_size)
+    product = (sums * b_scale.astype(np.float64)).sum(axis=-2)
+    return np.asarray(np.asarray(a_scale, dtype=np.float64) * product)

@@ -1,0 +1,62 @@
+"""The same library binary and the same model file on other versions of onnxruntime."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import op_models
+import pytest
+
+_ON_ANOTHER_RUNTIME = """
+import sys
+import numpy as np
+import onnxruntime as ort
+outputs = {}
+for name, levels in [("kernel", ["ORT_ENABLE_ALL"]),
+                     ("body", ["ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED", "ORT_ENABLE_ALL"])]:
+    for level in levels:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+        if name == "kernel":
+            options.register_custom_ops_library(sys.argv[2])
+        session = ort.InferenceSession(sys.argv[1] + "/model.onnx", options, providers=["CPUExecutionProvider"])
+        feeds = dict(np.load(sys.argv[1] + "/feeds.npz"))
+        outputs[f"{name}_{level}"] = session.run(None, feeds)[0]
+np.savez(sys.argv[1] + "/outputs.npz", **outputs)
+"""
+
+
+def _python_with(version: str) -> Path:
+    """An interpreter with that onnxruntime, in a virtual environment kept between runs."""
+    folder = Path(__file__).parents[2] / ".cache" / f"onnxruntime-{version}"
+    python = folder / "bin" / "python"
+    if not (folder / "complete").is_file():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
+        install = [python, "-m", "pip", "install", "--quiet", f"onnxruntime=={version}"]
+        subprocess.run(install, check=True, stderr=subprocess.DEVNULL)
+        (folder / "complete").touch()
+    return python
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["1.23.2", "1.27.0", "1.32.0"])
+def test_other_runtimes_agree(version: str, tmp_path: Path) -> None:
+    """One library: the kernel gives the same bytes everywhere, the function body agrees to 1e-4 at every level."""
+    python = _python_with(version)
+    problem = op_models.random_problem(np.random.default_rng(2), [2, 5], 300, 33, 128, "float32")
+    model = op_models.matmul_model(problem["b"], problem["b_scale"], 128, zero_point=9)
+    feeds = {"A": problem["a"], "a_scale": problem["a_scale"]}
+    op_models.ir.save(model, tmp_path / "model.onnx")
+    np.savez(tmp_path / "feeds.npz", **feeds)
+    subprocess.run([python, "-c", _ON_ANOTHER_RUNTIME, str(tmp_path), op_models.library_path()], check=True)
+    (expected,) = op_models.run(model, feeds)
+    outputs = np.load(tmp_path / "outputs.npz")
+    assert len(outputs.files) == 5
+    for name in outputs.files:
+        tolerance = 0 if name.startswith("kernel") else 1e-4 * np.abs(expected).max()
+        np.testing.assert_allclose(outputs[name], expected, rtol=0, atol=tolerance)

@@ -1,0 +1,77 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fptq_onnx.quantization.rotate import (
+    hadamard,
+    random_rotation,
+    rotate_head_inputs,
+    rotate_head_outputs,
+    rotate_inputs,
+    rotate_outputs,
+)
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+@pytest.mark.parametrize("order", [1, 2, 4, 12, 20, 24, 28, 36, 44, 64, 60, 576, 768, 896, 1152, 2560])
+def test_hadamard(order):
+    h = hadamard(order)
+    assert set(np.unique(h)) <= {-1, 1}
+    np.testing.assert_array_equal(h @ h.T, order * np.eye(order))
+
+
+@pytest.mark.parametrize("order", [0, 3, 6, 10, 18, 92])
+def test_no_construction(order):
+    assert hadamard(order) is None
+
+
+@given(st.integers(1, 70), seeds)
+def test_rotations_are_orthogonal_and_repeatable(size, seed):
+    q = random_rotation(size, seed)
+    np.testing.assert_allclose(q @ q.T, np.eye(size), atol=1e-12)
+    np.testing.assert_array_equal(q, random_rotation(size, seed))
+
+
+def test_an_outlier_channel_is_spread():
+    h = np.random.default_rng(0).standard_normal((100, 576))
+    h[:, 7] = 100
+    assert np.abs(h @ random_rotation(576, 0)).max() < 12
+
+
+def rms_norm(x):
+    return x / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + 1e-5)
+
+
+@given(st.sampled_from([4, 7, 12, 20]), seeds)
+def test_a_residual_stream_in_rotated_coordinates_gives_the_same_answer(size, seed):
+    rng = np.random.default_rng(seed)
+    embedding, read, write = (rng.standard_normal(s).astype(np.float32) for s in [(9, size), (size, 5), (5, size)])
+    gamma = rng.uniform(0.1, 3, size).astype(np.float32)
+    q = random_rotation(size, seed)
+
+    def network(embedding, gamma, read, write):
+        h = embedding[[3, 1, 4]].astype(np.float64)
+        h = h + np.tanh((rms_norm(h) * gamma) @ read) @ write
+        return (rms_norm(h) * gamma) @ read
+
+    expected = network(embedding, gamma, read, write)
+    rotated = rotate_inputs(read, q, gamma)
+    got = network(rotate_outputs(embedding, q), 1.0, rotated, rotate_outputs(write, q))
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@given(st.sampled_from([2, 3, 8]), st.integers(1, 4), seeds)
+def test_value_heads(d, heads, seed):
+    rng = np.random.default_rng(seed)
+    x, v = rng.standard_normal((6, 10)), rng.standard_normal((10, heads * d)).astype(np.float32)
+    o = rng.standard_normal((heads * d, 4)).astype(np.float32)
+    attention = rng.dirichlet(np.ones(6), (heads, 6))
+    q = random_rotation(d, seed)
+
+    def network(v, o):
+        values = (x @ v).reshape(6, heads, d).transpose(1, 0, 2)
+        return (attention @ values).transpose(1, 0, 2).reshape(6, heads * d) @ o
+
+    np.testing.assert_allclose(network(rotate_head_outputs(v, q), rotate_head_inputs(o, q)), network(v, o), atol=1e-4)

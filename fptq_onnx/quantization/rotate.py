@@ -101,7 +101,8 @@ def rotate_inputs(weight: Float32, rotation: Float64, gamma: FloatArray | None =
     w = weight.astype(np.float64)
     if gamma is not None:
         w *= np.asarray(gamma, np.float64)[:, None]
-    return (rotation.T @ w).astype(np.float32)
+    rotated: Float32 = (rotation.T @ w).astype(np.float32)
+    return rotated
 
 
 def rotate_outputs(weight: Float32, rotation: Float64) -> Float32:

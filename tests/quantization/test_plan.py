@@ -40,7 +40,7 @@ def edit(change):
 
 @given(
     st.sampled_from([Scheme.STATIC, Scheme.PER_TOKEN, Scheme.FLOAT]),
-    st.floats(0, 1e6),
+    st.one_of(st.none(), st.floats(0, 1e6)),
     st.text(max_size=20),
     st.one_of(st.none(), st.integers(0, 99)),
 )

@@ -81,7 +81,8 @@ def random_rotation(size: int, seed: int) -> Float64:
     rng = np.random.default_rng(seed)
     h = hadamard(size)
     if h is not None:
-        return h * (rng.choice([-1.0, 1.0], size)[:, None] / np.sqrt(size))
+        h *= rng.choice([-1.0, 1.0], size)[:, None] / np.sqrt(size)
+        return h
     q, r = np.linalg.qr(rng.standard_normal((size, size)))
     oriented: Float64 = q * np.sign(np.diag(r))
     return oriented

@@ -1,0 +1,50 @@
+"""What every GPU test needs, or the reason why it cannot run here."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+
+
+def _missing() -> str | None:
+    """Why the GPU tests cannot run, or None."""
+    try:
+        import torch
+    except ImportError:
+        return "torch is not installed"
+    if not torch.cuda.is_available():
+        return "no NVIDIA GPU that torch can use"
+    import onnxruntime
+
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        return "this onnxruntime has no CUDAExecutionProvider (install onnxruntime-gpu)"
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    ours = [item for item in items if here in item.path.parents]
+    if not ours:
+        return
+    reason = _missing()
+    for item in ours:
+        item.add_marker(pytest.mark.gpu)
+        if reason:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def library() -> str:
+    """Path of the operator library; it must have been built with CUDA, which a session on it would tell."""
+    from gpu_bench.sessions import op_library
+
+    return op_library()
+
+
+@pytest.fixture
+def generator():
+    import torch
+
+    return torch.Generator("cuda").manual_seed(20)

@@ -1,0 +1,179 @@
+"""The CUDA operators inside onnxruntime: graph capture, concurrency, streams, memory, determinism, placement."""
+
+import json
+import threading
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper
+
+torch = pytest.importorskip("torch")
+
+from gpu_bench.onnx_models import Activation, Format, ModelBuilder, layer_model, w4a8_layer, write_chain  # noqa: E402
+from gpu_bench.problem import Shape, pack_int4, random_activations, random_weight  # noqa: E402
+from gpu_bench.sessions import BoundRun, cuda_session, placement  # noqa: E402
+
+CHAIN = (Shape(1024, 1536), Shape(1536, 1024))
+OURS = [Format.W4A8, Format.W4A8_STRUCTURED, Format.W4A8_STATIC]
+TOKENS = [1, 5, 16, 48, 200, 1024]
+
+
+@pytest.fixture(params=OURS, ids=[form.name for form in OURS])
+def chain(request, tmp_path, generator):
+    """A model of eight layers, in each of the project's forms."""
+    return write_chain(tmp_path / "chain.onnx", CHAIN, request.param, 8, 2, generator)
+
+
+def buffers(tokens, generator):
+    x = random_activations(tokens, CHAIN[0].k, torch.float16, generator)
+    return x, torch.full((tokens, CHAIN[-1].n), float("nan"), dtype=torch.float16, device="cuda")
+
+
+def run_once(session, x, graph_id=None):
+    y = torch.full((x.shape[0], CHAIN[-1].n), float("nan"), dtype=torch.float16, device="cuda")
+    BoundRun(session, {"X": x}, {"Y": y}, graph_id)()
+    assert torch.isfinite(y).all()
+    return y
+
+
+def test_same_bytes_every_run_and_session(library, chain, generator):
+    first, second = cuda_session(chain, library=library), cuda_session(chain, library=library)
+    for tokens in TOKENS:
+        x, _ = buffers(tokens, generator)
+        expected = run_once(first, x)
+        for _ in range(10):
+            assert torch.equal(run_once(first, x), expected)
+        assert torch.equal(run_once(second, x), expected)
+
+
+def test_captured_graph_replays_with_new_inputs(library, chain, generator):
+    eager, graph = cuda_session(chain, library=library), cuda_session(chain, library=library, graph=True)
+    for graph_id, tokens in enumerate(TOKENS, start=1):
+        x, y = buffers(tokens, generator)
+        run = BoundRun(graph, {"X": x}, {"Y": y}, graph_id)
+        for _ in range(4):  # two plain runs, the capture, a replay
+            run()
+        for _ in range(3):
+            x.copy_(random_activations(tokens, CHAIN[0].k, torch.float16, generator))
+            y.fill_(float("nan"))
+            torch.cuda.synchronize()
+            run()
+            assert torch.equal(y, run_once(eager, x))
+
+
+def test_concurrent_runs_on_one_session(library, chain, generator):
+    session = cuda_session(chain, library=library)
+    inputs = [buffers(tokens, generator)[0] for tokens in (1, 16, 200, 1024)]
+    expected = [run_once(session, x) for x in inputs]
+    wrong, start = [], threading.Barrier(len(inputs))
+
+    def work(index):
+        start.wait()
+        results = [run_once(session, inputs[index]) for _ in range(25)]
+        wrong.extend(index for result in results if not torch.equal(result, expected[index]))
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_callers_stream(library, chain, generator):
+    """On a stream of the caller's, work before and after the run is ordered by the stream alone."""
+    stream = torch.cuda.Stream()
+    session = cuda_session(chain, library=library, provider_options={"user_compute_stream": str(stream.cuda_stream)})
+    plain = cuda_session(chain, library=library)
+    x, y = buffers(16, generator)
+    run = BoundRun(session, {"X": x}, {"Y": y})
+    run()
+    for _ in range(5):
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(2_000_000)
+            x.mul_(0.5).add_(torch.randn_like(x))
+        run()
+        with torch.cuda.stream(stream):
+            copy = y.clone()
+        stream.synchronize()
+        assert torch.equal(copy, run_once(plain, x))
+
+
+def test_second_device(library, chain, generator):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    x, _ = buffers(16, generator)
+    expected = run_once(cuda_session(chain, library=library), x)
+    other = cuda_session(chain, library=library, provider_options={"device_id": "1"})
+    x1 = x.to("cuda:1")
+    y1 = torch.empty(x.shape[0], CHAIN[-1].n, dtype=torch.float16, device="cuda:1")
+    BoundRun(other, {"X": x1}, {"Y": y1})()
+    assert torch.equal(y1.cpu(), expected.cpu())
+
+
+def test_every_product_on_cuda_without_copies(library, chain, tmp_path, generator):
+    config = {"session.record_ep_graph_assignment_info": "1"}
+    session = cuda_session(chain, library=library, config=config, profile=tmp_path / "profile")
+    placed = placement(session)
+    assert sum(op == "W4A8MatMul" for op, _ in placed) == 8
+    assert {provider for op, provider in placed if op in ("W4A8MatMul", "DynamicQuantizePerToken")} == {
+        "CUDAExecutionProvider"
+    }
+    run_once(session, buffers(16, generator)[0])
+    with open(session.end_profiling(), encoding="utf-8") as file:
+        executed = [event["args"] for event in json.load(file) if event.get("cat") == "Node" and "args" in event]
+    ran = {(args["op_name"], args["provider"]) for args in executed if "provider" in args}
+    assert ("W4A8MatMul", "CUDAExecutionProvider") in ran
+    assert not [op for op, _ in ran if op.startswith("Memcpy")]
+    assert {provider for _, provider in ran} == {"CUDAExecutionProvider"}
+
+
+def test_weights_are_held_once(library, tmp_path, generator):
+    """40 layers of 8192 x 8192 take at most 1.1 times their int4 bytes of GPU memory."""
+    shape, layers = Shape(8192, 8192), 40
+    builder = ModelBuilder(tmp_path / "big.onnx")
+    weight = random_weight(shape, 128, torch.float16, generator)
+    # The file holds one weight that all layers name: each kernel packs its own copy all the same.
+    names = [
+        builder.external("B", TensorProto.INT4, [shape.k, shape.n], pack_int4(weight.values)),
+        builder.external("b_scale", TensorProto.FLOAT16, list(weight.scale.shape), weight.scale),
+    ]
+    value = "X"
+    for layer in range(layers):
+        output = "Y" if layer == layers - 1 else f"h{layer}"
+        builder.node("DynamicQuantizePerToken", [value], [f"{value}_q", f"{value}_s"], "fptq")
+        w4a8_layer(builder, f"{value}_q", f"{value}_s", names, output, 128)
+        value = output
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT16, ["M", 8192]) for name in ("X", "Y")]
+    model = builder.save(ends[:1], ends[1:])
+    del weight
+    torch.cuda.empty_cache()
+
+    small = layer_model(random_weight(Shape(256, 256), 128, torch.float16, generator), Activation.PER_TOKEN)
+    warm = cuda_session(small, library=library)  # the context and the libraries' own memory are not the weights'
+    warm.run(None, {"X": np.ones((1, 256), np.float16)})
+    torch.cuda.synchronize()
+    before = torch.cuda.mem_get_info()[0]
+    session = cuda_session(model, library=library)
+    y = session.run(None, {"X": np.ones((1, 8192), np.float16)})[0]
+    torch.cuda.synchronize()
+    used = before - torch.cuda.mem_get_info()[0]
+    assert np.isfinite(y).all()
+    packed = layers * shape.int4_bytes
+    assert packed <= used <= 1.1 * packed, f"{used / packed:.3f} times the packed int4 bytes"
+
+
+def test_falls_back_to_the_cpu_kernel_without_cuda_provider(library, tmp_path, generator):
+    """One file, one library: the same model runs on the CPU provider and agrees within the output type's rounding."""
+    import onnxruntime as ort
+
+    weight = random_weight(Shape(512, 384), 128, torch.float16, generator)
+    model = layer_model(weight, Activation.PER_TOKEN)
+    x = random_activations(9, 512, torch.float16, generator).cpu().numpy()
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(library)
+    cpu = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"]).run(None, {"X": x})
+    cuda = cuda_session(model, library=library).run(None, {"X": x})
+    assert np.array_equal(cpu[1], cuda[1])
+    assert np.array_equal(cpu[2], cuda[2])
+    np.testing.assert_allclose(cpu[0].astype(np.float32), cuda[0].astype(np.float32), rtol=2e-3, atol=4e-3)

@@ -1,0 +1,130 @@
+#!/usr/bin/env python3
+"""Draw the benchmark tables of README files from the newest records in tools/records/.
+
+    python tools/make_tables.py README.md            # rewrites what stands between the markers
+    python tools/make_tables.py --check README.md    # exit status 1 if a table is out of date
+
+A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; NAME is one of the names in `TABLES`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from gpu_bench.records import RECORDS_DIRECTORY, load_records
+from gpu_bench.tables import markdown_table
+
+__all__ = ["TABLES", "draw", "redraw"]
+
+MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+Record = Mapping[str, Any]
+
+
+def _peers(rows: Sequence[Record]) -> list[str]:
+    """Names in the order of their first appearance."""
+    return list(dict.fromkeys(name for row in rows for name in row["us"]))
+
+
+def _cell(figures: Record | None) -> str:
+    if figures is None:
+        return "-"
+    value = figures["median_us"]
+    return f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def _operators(record: Record) -> str:
+    rows, names = record["rows"], _peers(record["rows"])
+    chain = " -> ".join(record["protocol"]["chain"])
+    table = markdown_table(
+        ["M", *names], [[str(row["tokens"]), *(_cell(row["us"].get(name)) for name in names)] for row in rows]
+    )
+    caption = f"Microseconds per MatMul, layers {chain}, onnxruntime session with CUDA graph, quantization included."
+    return f"{caption}\n\n{table}"
+
+
+def _kernels(record: Record) -> str:
+    rows, names = record["rows"], _peers(record["rows"])
+    cells = [[row["shape"], str(row["tokens"]), *(_cell(row["us"].get(name)) for name in names)] for row in rows]
+    return f"Microseconds per call, cold weights, CUDA graph.\n\n{markdown_table(['layer', 'M', *names], cells)}"
+
+
+def _models(record: Record) -> str:
+    labels = list(record["models"])
+    cells = [
+        [f"{row['phase']}, {row['batch']} x {row['tokens']}"]
+        + [f"{row['tokens_per_s'][name]['median']:.0f}" if name in row["tokens_per_s"] else "-" for name in labels]
+        for row in record["rows"]
+    ]
+    memory = ["GPU memory, MB", *(f"{record['models'][name]['device_mb']:.0f}" for name in labels)]
+    return f"Tokens per second through onnxruntime.\n\n{markdown_table(['', *labels], [*cells, memory])}"
+
+
+TABLES: dict[str, Callable[[Record], str]] = {
+    "gpu-operators": _operators,
+    "gpu-operators-quick": _operators,
+    "gpu-kernels": _kernels,
+    "gpu-kernels-quick": _kernels,
+    "gpu-models": _models,
+}
+
+
+def draw(name: str, records: Sequence[Record]) -> str:
+    """The table of one name from the newest record of that kind, with a line on where the figures come from.
+
+    Raises:
+        KeyError: There is no such table or no such record; the message says which.
+    """
+    if name not in TABLES:
+        raise KeyError(f"no table is called '{name}'; there are: {', '.join(TABLES)}")
+    of_kind = [record for record in records if record["kind"] == name]
+    if not of_kind:
+        raise KeyError(f"no record of kind '{name}' in {RECORDS_DIRECTORY.name}/")
+    record = of_kind[-1]
+    gpu, versions = record["gpu"], record["versions"]
+    runtime = versions.get("onnxruntime", "-")
+    source = (
+        f"{gpu.get('name', 'unknown GPU')}, driver {gpu.get('driver', '?')}, onnxruntime {runtime}, torch "
+        f"{versions.get('torch', '-')}, {record['created'][:10]}; median of {record['protocol']['rounds']} rounds "
+        f"([record](tools/records/{record['file']}))"
+    )
+    return f"{TABLES[name](record)}\n\n{source}\n"
+
+
+def redraw(text: str, records: Sequence[Record]) -> str:
+    """`text` with every marked table drawn anew."""
+    return MARKED.sub(lambda match: f"{match[1]}{draw(match[2], records)}{match[3]}", text)
+
+
+def main() -> int:
+    """Rewrite or check the files; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--check", action="store_true", help="change nothing, report tables that are out of date")
+    arguments = parser.parse_args()
+    records, stale = load_records(), []
+    for path in arguments.files:
+        text = path.read_text(encoding="utf-8")
+        try:
+            drawn = redraw(text, records)
+        except KeyError as error:
+            print(f"{path}: {error.args[0]}", file=sys.stderr)
+            return 2
+        if drawn == text:
+            continue
+        stale.append(path)
+        if not arguments.check:
+            path.write_text(drawn, encoding="utf-8")
+        print(f"{path}: {'out of date' if arguments.check else 'rewritten'}")
+    return 1 if stale and arguments.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

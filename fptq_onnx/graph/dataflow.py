@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = ["Attention", "Dataflow", "Origin", "Probabilities", "Scores", "Stream", "trace"]
 
+import bisect
 import dataclasses
 from collections.abc import Mapping, Set
 
@@ -111,6 +112,17 @@ class Dataflow:
     def linears(self, value: ir.Value | None) -> dict[ir.Node, bool]:
         """Return the linear layers among the origins of a value."""
         return {origin: bent for origin, bent in self.of(value).items() if isinstance(origin, ir.Node)}
+
+    def starts(self) -> list[int]:
+        """Return the indices of the stream states at which blocks start: those that an attention begins with."""
+        return sorted({attention.stream for attention in self.attentions if attention.stream is not None})
+
+    def block_at(self, stream: int | None) -> int | None:
+        """Return the index of the block in which a stream state is read; states before the first block count to it."""
+        starts = self.starts()
+        if stream is None or not starts:
+            return None
+        return max(bisect.bisect_right(starts, stream) - 1, 0)
 
     def stream(self, value: ir.Value | None) -> int | None:
         """Return the index of the latest residual-stream state a value was computed from."""

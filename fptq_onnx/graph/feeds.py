@@ -150,6 +150,8 @@ class ModelInputs:
             CalibrationError: An input is unknown, missing and not fillable, of another type or shape, or token ids
                 lie outside the vocabulary.
         """
+        if not isinstance(feeds, Mapping):
+            raise CalibrationError(where, f"is a {type(feeds).__name__}", "Give feeds: arrays by input name")
         unknown = sorted(set(feeds) - set(self.names))
         if unknown:
             raise CalibrationError(

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import onnx_ir as ir
 
-from fptq_onnx.graph.constants import constant_shape, evaluate_path, root_initializer
+from fptq_onnx.errors import ModelError
+from fptq_onnx.graph.constants import constant_array, constant_shape, root_initializer
 from fptq_onnx.graph.dataflow import Dataflow, trace
 from fptq_onnx.graph.roles import Role, assign_roles
 
@@ -93,9 +94,11 @@ class LinearLayer:
         return self.node.outputs[0] if self.bias_node is None else self.bias_node.outputs[0]
 
     def weight_array(self) -> np.ndarray:
-        """Return W as a new float32 array [K, N], with the weight path and Gemm's transB and alpha applied."""
-        assert self.weight.const_value is not None
-        array = evaluate_path(self.weight.const_value.numpy(), self.weight_path).astype(np.float32)
+        """Return W as a new float32 array [K, N], with the weight path and Gemm's transB and alpha applied.
+
+        Read from the graph as it is now, so changes to the weight since the search are seen.
+        """
+        array = _constant(self.node.inputs[1])
         if _int(self.node, "transB", 0):
             array = array.T
         alpha = _float(self.node, "alpha", 1.0)
@@ -106,9 +109,7 @@ class LinearLayer:
         if self.bias is None:
             return None
         operand = self.node.inputs[2] if self.bias_node is None else _constant_operand(self.bias_node)
-        found = root_initializer(operand)
-        assert found is not None and found[0].const_value is not None
-        array = evaluate_path(found[0].const_value.numpy(), found[1]).astype(np.float32)
+        array = _constant(operand)
         scale = np.float32(_float(self.node, "beta", 1.0) if self.bias_node is None else 1.0)
         return np.array(np.broadcast_to(array.reshape(-1) * scale, (self.n,)))
 
@@ -248,6 +249,13 @@ def _find_bias(node: ir.Node, n: int) -> tuple[ir.Value | None, ir.Node | None]:
                 if shape and shape[-1] == n and int(np.prod(shape)) == n:
                     return found[0], add
     return None, None
+
+
+def _constant(value: ir.Value | None) -> np.ndarray:
+    array = constant_array(value)
+    if array is None:
+        raise ModelError(f"value {value.name if value else None}", "it is no longer constant", "search the model again")
+    return array.astype(np.float32)
 
 
 def _constant_operand(add: ir.Node) -> ir.Value | None:

@@ -7,7 +7,7 @@ value projection for the attention output projection, the up projection for the 
 
 from __future__ import annotations
 
-__all__ = ["ScaleSite", "ScaleTarget", "find_scale_site"]
+__all__ = ["ScaleSite", "ScaleTarget", "find_input_scale", "find_scale_site"]
 
 import dataclasses
 import math
@@ -34,13 +34,13 @@ class Use(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ScaleTarget:
-    """An initializer to divide: entry i along ``axis`` by s[channels[i]], or not at all where channels[i] is -1.
+    """An initializer to scale: entry i along ``axis`` by s[channels[i]], or not at all where channels[i] is -1.
 
     Attributes:
         initializer: The tensor, float.
         axis: Axis of the initializer, not negative.
         channels: int64 [initializer.shape[axis]], indices into s.
-        uses: The node inputs that must read the divided tensor.
+        uses: The node inputs that must read the scaled tensor.
     """
 
     initializer: ir.Value
@@ -50,10 +50,11 @@ class ScaleTarget:
 
     @property
     def shared(self) -> bool:
-        """Whether others read the initializer too: then divide a private copy and give it to ``uses`` alone.
+        """Whether others read the initializer too: then scale a private copy and give it to ``uses`` alone.
 
         Exporters merge equal tensors, so even norms that have nothing in common may share a weight. Evaluated anew each
-        time, as dividing one site gives it its own copy.
+        time, as scaling one target gives it its own copy. An initializer that is not shared must be scaled in place
+        (a new ``const_value`` of the same value), since other targets may refer to it.
         """
         return self.initializer.is_graph_output() or not set(self.initializer.uses()) <= set(self.uses)
 
@@ -113,6 +114,20 @@ def find_scale_site(model: ir.Model, group: ActivationGroup, linears: LinearSear
         return ScaleSite("none", reason, (), free)
 
 
+def find_input_scale(layer: LinearLayer) -> ScaleTarget | None:
+    """Describe how to multiply row k of a layer's weight by s[k] in the graph.
+
+    Returns:
+        The target; None where the weight's path has other readers or a DequantizeLinear, so that only a new weight
+        (``layer.weight_array()`` times s) in place of node input 1 will do.
+    """
+    axis = 1 if _flag(layer.node, "transB") else 0
+    try:
+        return _target(layer.node, 1, axis, np.arange(layer.k, dtype=np.int64))
+    except LayoutError:
+        return None
+
+
 def _site(trail: Trail, group: ActivationGroup, layers: Mapping[ir.Node, LinearLayer]) -> ScaleSite:
     source = layers.get(trail.source)
     layouts = [start(_norm_width(trail.source) if source is None else source.n, trail.output)]
@@ -163,7 +178,7 @@ def _inverse(channels: np.ndarray, source: Layout) -> np.ndarray:
 
 
 def _linear_targets(layer: LinearLayer, inverse: np.ndarray) -> list[ScaleTarget]:
-    axis = 0 if layer.node.op_type == "Gemm" and _flag(layer.node, "transB") else 1
+    axis = 0 if _flag(layer.node, "transB") else 1
     weight = _target(layer.node, 1, axis, inverse)
     if weight.shared:  # a copy would leave the other layers' view of this weight behind
         raise LayoutError(f"the weight {layer.weight.name} of {layer.label} is read by other nodes too")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 __all__ = ["Role", "RoleAssignment", "assign_roles"]
 
-import bisect
 import enum
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -67,9 +66,8 @@ def assign_roles(
     for layer in sizes:
         if layer not in roles and layer in flow.into_residual:
             _assign_feed_forward(layer, flow, sizes, roles)
-    blocks = _Blocks(flow)
     return {
-        layer: RoleAssignment(role, blocks.of(layer, role))
+        layer: RoleAssignment(role, _block(layer, role, flow))
         for layer in sizes
         for role in [roles.get(layer, Role.OTHER)]
     }
@@ -116,33 +114,12 @@ def _assign_feed_forward(
             roles.update({first: Role.GATE_UP, last: Role.DOWN})
 
 
-class _Blocks:
-    """Blocks are counted by attention; a feed-forward layer belongs to the last attention at or before its input."""
-
-    def __init__(self, flow: Dataflow) -> None:
-        self.flow = flow
-        self.block_of: dict[ir.Node, int] = {}
-        starts: list[tuple[int, int]] = []
-        for attention in flow.attentions:
-            for layer in attention.query | attention.key | attention.value:
-                self.block_of.setdefault(layer, attention.index)
-            if attention.stream is not None:
-                starts.append((attention.stream, attention.index))
-        self.starts = sorted(starts)
-
-    def of(self, layer: ir.Node, role: Role) -> int | None:
-        if role in (Role.LM_HEAD, Role.OTHER):
-            return None
-        if layer in self.block_of:
-            return self.block_of[layer]
-        origins = self.flow.of(layer.inputs[0])
-        attentions = [origin.index for origin in origins if isinstance(origin, Attention)]
-        if attentions:
-            return attentions[0]
-        for feeder in self.flow.linears(layer.inputs[0]):  # down and fc2 follow gate, up and fc1
-            layer = feeder
-        stream = self.flow.stream(layer.inputs[0])
-        if stream is None or not self.starts:
-            return None
-        position = bisect.bisect_right(self.starts, (stream, len(self.flow.attentions)))
-        return self.starts[max(position - 1, 0)][1]
+def _block(layer: ir.Node, role: Role, flow: Dataflow) -> int | None:
+    """A layer belongs to the block whose attention it serves, or to the one in which its input stream state is read."""
+    if role in (Role.LM_HEAD, Role.OTHER):
+        return None
+    for attention in flow.attentions:
+        if layer in attention.query | attention.key | attention.value or attention in flow.of(layer.inputs[0]):
+            return flow.block_at(attention.stream)
+    first = next(iter(flow.linears(layer.inputs[0])), layer)  # down and fc2 follow gate, up and fc1
+    return flow.block_at(flow.stream(first.inputs[0]))

@@ -13,7 +13,7 @@ from fptq_onnx.calibration.nodes import NodeBuilder
 from fptq_onnx.calibration.observers import Observer, TokenGroup
 from fptq_onnx.errors import CalibrationError
 
-__all__ = ["SELECTION_PREFIX", "Observation", "build_observation", "find_value", "insert_after"]
+__all__ = ["SELECTION_PREFIX", "Observation", "build_observation", "find_value", "insert_after", "replace_outputs"]
 
 SELECTION_PREFIX = "fptq.observe.tokens."
 
@@ -86,15 +86,24 @@ def build_observation(model: ir.Model, observers: Sequence[Observer], *, select_
     # From the last to the first, so that additions after one node keep their order.
     for anchor, added in reversed(insertions):
         insert_after(graph, anchor, added)
+    replace_outputs(copy, outputs)
+    return Observation(copy, tuple(names), tuple(selections))
+
+
+def replace_outputs(model: ir.Model, outputs: Sequence[ir.Value]) -> None:
+    """Make `outputs` the outputs of the model, in place, and drop all that is no longer computed for them.
+
+    Outputs of fused attention nodes that are still there stay: GroupQueryAttention infers its present cache to be as
+    large as the past, and onnxruntime fails when it then places it in the buffer of an empty past. Graph outputs have
+    buffers of their own.
+    """
+    graph = model.graph
     fused = [
         (node, value) for value in graph.outputs if (node := value.producer()) and node.domain not in ("", "ai.onnx")
     ]
     graph.outputs[:] = outputs
-    common_passes.RemoveUnusedNodesPass()(copy)
-    # GroupQueryAttention infers the present cache to be as large as the past; onnxruntime fails when it then places it
-    # in the buffer of an empty past. Graph outputs have buffers of their own.
-    graph.outputs.extend(value for node, value in fused if node.graph is graph)
-    return Observation(copy, tuple(names), tuple(selections))
+    common_passes.RemoveUnusedNodesPass()(model)
+    graph.outputs.extend(value for node, value in fused if node.graph is graph and value not in outputs)
 
 
 def find_value(values: dict[str | None, ir.Value], name: str) -> ir.Value:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -112,7 +113,7 @@ def observe(
 
     Args:
         model: Left as it is.
-        observers: Fresh observers; they hold the results afterwards.
+        observers: Fresh observers; they hold the results afterwards. Without any the data are only checked.
         batches: As for `calibrate`.
         leading_tokens: Positions of each sequence that are TokenGroup.LEADING, the others being REST.
         session_factory: Makes the session of the observation copy.
@@ -124,22 +125,23 @@ def observe(
     inputs = describe_inputs(model)
     session, observation = None, None
     count = sequences = tokens = 0
-    total = len(batches) if isinstance(batches, Sized) else None
+    total = operator.length_hint(batches) or None
     with (progress or SilentProgress()).stage("Calibrating", total) as advance:
         for count, batch in enumerate(batches, start=1):
             where = f"calibration batch {count}"
             feeds = inputs.complete(batch, where)
             positions = inputs.token_positions(feeds)
             masks = _token_masks(positions, leading_tokens, where)
-            if observation is None or (masks and not observation.selections):
+            if observers and (observation is None or (masks and not observation.selections)):
                 # Masks cost a copy of every activation, so they are built in only once a batch needs them.
                 session = None
                 observation = build_observation(model, observers, select_tokens=bool(masks))
                 session = session_factory(observation.model)
-            if observation.selections and positions is not None:
-                masks = masks or {TokenGroup.ALL: np.ones(positions.size, np.bool_)}
-                feeds |= {f"{SELECTION_PREFIX}{group}": masks[group] for group in observation.selections}
-            _run_batch(session, observation, observers, feeds, where)
+            if observation is not None:
+                if observation.selections and positions is not None:
+                    masks = masks or {TokenGroup.ALL: np.ones(positions.size, np.bool_)}
+                    feeds |= {f"{SELECTION_PREFIX}{group}": masks[group] for group in observation.selections}
+                _run_batch(session, observation, observers, feeds, where)
             sequences += next(iter(feeds.values())).shape[0] if positions is None else positions.shape[0]
             tokens += 0 if positions is None else int(np.count_nonzero(positions >= 0))
             advance(1)

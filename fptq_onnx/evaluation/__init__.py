@@ -1,0 +1,1 @@
+"""Evaluation: perplexity, and how far a quantized model is from its float model."""

@@ -15,10 +15,20 @@ from onnx import TensorProto, helper
 
 from fptq_onnx import ops
 from fptq_onnx.ops import DOMAIN
-from gpu_bench.problem import ZERO_POINT, Shape, Weight, pack_int4, random_weight
+from gpu_bench.problem import SCALE_MAX_MULTIPLE, ZERO_POINT, Shape, Weight, pack_int4, random_weight
 from gpu_bench.sessions import ELEMENT_TYPES
 
-__all__ = ["Activation", "Format", "ModelBuilder", "layer_model", "static_scale", "w4a8_layer", "write_chain"]
+__all__ = [
+    "Activation",
+    "Format",
+    "ModelBuilder",
+    "layer_model",
+    "linear",
+    "static_scale",
+    "store",
+    "w4a8_layer",
+    "write_chain",
+]
 
 
 class Format(enum.StrEnum):
@@ -30,6 +40,11 @@ class Format(enum.StrEnum):
     W4A8 = "W4A8 b128"
     W4A8_STRUCTURED = "W4A8 b128 structured"
     W4A8_STATIC = "W4A8 b128 static"
+
+    @property
+    def block(self) -> int:
+        """Input channels per scale of the 4-bit formats."""
+        return 32 if self is Format.NBITS_32 else 128
 
     @property
     def weight_bytes_per_element(self) -> float:
@@ -103,6 +118,12 @@ class ModelBuilder:
             helper.make_node(op_type, inputs, outputs, name=f"{outputs[0]}/{op_type}", domain=domain, **attributes)
         )
 
+    def node_once(self, op_type: str, inputs: Sequence[str], outputs: Sequence[str], domain: str = "") -> None:
+        """Append a node unless one already makes its first output."""
+        if outputs[0] not in self._names:
+            self._names.add(outputs[0])
+            self.node(op_type, inputs, outputs, domain)
+
     def save(
         self, inputs: Iterable[onnx.ValueInfoProto], outputs: Iterable[onnx.ValueInfoProto], name: str = "chain"
     ) -> Path:
@@ -145,21 +166,23 @@ def w4a8_layer(
 
 def _nbits(weight: Weight) -> tuple[torch.Tensor, torch.Tensor]:
     """MatMulNBits' layout: B uint8 [N, K / block, block / 2] with zero point 8, scales [N, K / block]."""
-    offset = (weight.values + 8).to(torch.uint8).t().contiguous()
+    padding = weight.scale.shape[0] * weight.block - weight.values.shape[0]
+    offset = torch.nn.functional.pad(weight.values, (0, 0, 0, padding)).add(8).to(torch.uint8).t().contiguous()
     packed = offset[:, 0::2] | (offset[:, 1::2] << 4)
     return packed, weight.scale.t().contiguous()
 
 
-def _store(builder: ModelBuilder, name: str, shape: Shape, form: Format, generator: torch.Generator) -> list[str]:
+def store(builder: ModelBuilder, name: str, shape: Shape, form: Format, generator: torch.Generator) -> list[str]:
+    """Add a random float16 weight in a format's layout; returns the names of its initializers."""
     if form is Format.FLOAT16:
         weight = torch.randn(shape.k, shape.n, device=generator.device, generator=generator) * shape.k**-0.5
         return [builder.external(name, TensorProto.FLOAT16, [shape.k, shape.n], weight.half())]
-    block = 32 if form is Format.NBITS_32 else 128
+    block = form.block
     structured = form is Format.W4A8_STRUCTURED
     weight = random_weight(shape, block, torch.float16, generator, structured=structured)
     if form in (Format.NBITS_128, Format.NBITS_32):
         packed, scale = _nbits(weight)
-        blocks = shape.k // block
+        blocks = weight.scale.shape[0]
         return [
             builder.external(name, TensorProto.UINT8, [shape.n, blocks, block // 2], packed),
             builder.external(f"{name}_scale", TensorProto.FLOAT16, [shape.n, blocks], scale),
@@ -168,6 +191,38 @@ def _store(builder: ModelBuilder, name: str, shape: Shape, form: Format, generat
         builder.external(name, TensorProto.INT4, [shape.k, shape.n], pack_int4(weight.values)),
         builder.external(f"{name}_scale", TensorProto.FLOAT16, list(weight.scale.shape), weight.scale),
     ]
+
+
+def linear(builder: ModelBuilder, value: str, weight: Sequence[str], output: str, shape: Shape, form: Format) -> None:
+    """Append one linear layer; layers that read one activation share its quantization.
+
+    Args:
+        builder: The model.
+        value: The float16 activation.
+        weight: What `store` returned.
+        output: Name of the result.
+        shape: The layer's.
+        form: The weight's format.
+    """
+    if form is Format.FLOAT16:
+        builder.node("MatMul", [value, *weight], [output])
+        return
+    if form in (Format.NBITS_128, Format.NBITS_32):
+        attributes = {"K": shape.k, "N": shape.n, "bits": 4, "block_size": form.block}
+        builder.node("MatMulNBits", [value, *weight], [output], "com.microsoft", **attributes)
+        return
+    quantized, scale = f"{value}_q", f"{value}_s"
+    if form is Format.W4A8_STATIC:
+        # Chains of unit-variance layers keep their range: 5 standard deviations fill the int8 range.
+        step = np.float16(5 / 127)
+        scale = builder.constant("static_scale", np.array(step, np.float32))
+        half = builder.constant("static_scale_half", np.array(step))
+        zero_point = builder.constant("zero_point_128", np.array(ZERO_POINT, np.uint8))
+        builder.node_once("QuantizeLinear", [value, half, zero_point], [quantized])
+    else:
+        builder.node_once("DynamicQuantizePerToken", [value], [quantized, scale], DOMAIN)
+    multiple = SCALE_MAX_MULTIPLE if form is Format.W4A8_STRUCTURED else 0
+    w4a8_layer(builder, quantized, scale, weight, output, form.block, multiple)
 
 
 def write_chain(
@@ -190,7 +245,7 @@ def write_chain(
         raise ValueError(f"{[shape.label for shape in shapes]} do not chain {layers} times")
     builder = ModelBuilder(path)
     stored = {
-        (index, copy): _store(builder, f"w{index}_{copy}", shape, form, generator)
+        (index, copy): store(builder, f"w{index}_{copy}", shape, form, generator)
         for index, shape in enumerate(shapes)
         for copy in range(copies)
     }
@@ -199,32 +254,7 @@ def write_chain(
         index, copy = layer % len(shapes), layer // len(shapes) % copies
         shape, weight = shapes[index], stored[index, copy]
         output = "Y" if layer == layers - 1 else f"h{layer}"
-        if form is Format.FLOAT16:
-            builder.node("MatMul", [value, *weight], [output])
-        elif form in (Format.NBITS_128, Format.NBITS_32):
-            block = 32 if form is Format.NBITS_32 else 128
-            builder.node(
-                "MatMulNBits",
-                [value, *weight],
-                [output],
-                "com.microsoft",
-                K=shape.k,
-                N=shape.n,
-                bits=4,
-                block_size=block,
-            )
-        else:
-            quantized, scale = f"{value}_q", f"{value}_s"
-            if form is Format.W4A8_STATIC:
-                # Chains of unit-variance layers keep their range: 5 standard deviations fill the int8 range.
-                step = np.float16(5 / 127)
-                scale = builder.constant("static_scale", np.array(step, np.float32))
-                half = builder.constant("static_scale_half", np.array(step))
-                zero_point = builder.constant("zero_point_128", np.array(ZERO_POINT, np.uint8))
-                builder.node("QuantizeLinear", [value, half, zero_point], [quantized])
-            else:
-                builder.node("DynamicQuantizePerToken", [value], [quantized, scale], DOMAIN)
-            w4a8_layer(builder, quantized, scale, weight, output, 128, 15 if form is Format.W4A8_STRUCTURED else 0)
+        linear(builder, value, weight, output, shape, form)
         value = output
     return builder.save(
         [helper.make_tensor_value_info("X", TensorProto.FLOAT16, ["M", shapes[0].k])],

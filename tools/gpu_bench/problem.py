@@ -9,6 +9,7 @@ import torch
 __all__ = [
     "QUICK_SHAPES",
     "QUICK_TOKENS",
+    "SCALE_MAX_MULTIPLE",
     "SHAPES",
     "TOKENS",
     "ZERO_POINT",

@@ -8,10 +8,11 @@ import dataclasses
 import importlib.util
 import logging
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from fptq_onnx.errors import ModelError, RuntimeUnavailableError, VerificationError
+from fptq_onnx.graph.model_file import save_model
+from fptq_onnx.progress import Progress, SilentProgress
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def export_model(
     dtype: str = "float32",
     opset: int = 21,
     verify: bool = True,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
 ) -> ExportResult:
     """Write `out_dir`/model.onnx and the tokenizer files beside it.
 
@@ -70,7 +71,7 @@ def export_model(
         dtype: "float32" or "float16".
         opset: 21 to 23.
         verify: Compare the result with torch, decoding through the cache as well.
-        progress: Called with a few words at the beginning of each stage.
+        progress: Told of each stage; silent by default.
 
     Raises:
         ModelError: The directory cannot be loaded or the architecture not be exported.
@@ -88,19 +89,15 @@ def export_model(
     # torch and transformers take seconds to import and are an extra, so nothing above this line needs them.
     from fptq_onnx.export import pretrained, signatures, tracing, verification
 
-    def notify(stage: str) -> None:
-        logger.info("%s", stage)
-        if progress is not None:
-            progress(stage)
-
-    notify("Loading the checkpoint")
-    with tracing.quiet():
-        source = pretrained.load_pretrained(model_dir, dtype)
-    is_decoder = source.kind is pretrained.Kind.DECODER
+    stage = (progress or SilentProgress()).stage
     out = Path(out_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    files = pretrained.save_tokenizer(source, out)
+    path = out / "model.onnx"
     with tracing.quiet():
+        with stage("Loading the checkpoint"):
+            source = pretrained.load_pretrained(model_dir, dtype)
+            out.mkdir(parents=True, exist_ok=True)
+            files = pretrained.save_tokenizer(source, out)
+        is_decoder = source.kind is pretrained.Kind.DECODER
         if is_decoder:
             signature = signatures.decoder_signature(source.model, kv_cache)
         else:
@@ -108,28 +105,30 @@ def export_model(
         interface = signature.interface
         reference = None
         if verify:
-            notify("Computing reference results with torch")
-            reference = verification.compute_reference(source.model, interface, is_decoder)
-        notify("Tracing the model")
-        program = tracing.trace(signature, opset)
+            with stage("Computing reference results with torch"):
+                reference = verification.compute_reference(source.model, interface, is_decoder)
+        with stage("Tracing the model"):
+            model = tracing.trace(signature, opset)
     architecture, kind = source.architecture, source.kind
-    del source, signature  # the traced program holds the weights; the torch model may go
-    notify("Writing the model")
-    path = out / "model.onnx"
-    model_bytes = tracing.save(program, path)
-    del program
+    del source, signature  # the graph holds the weights from here on
+    with stage("Writing the model"):
+        save_model(model, path)
+    del model
+    data = path.with_name(path.name + ".data")
     largest_error = None
     if reference is not None:
-        notify("Comparing the model with torch")
-        largest_error = verification.largest_error(path, reference, interface)
+        with stage("Comparing the model with torch"):
+            largest_error = verification.largest_error(path, reference, interface)
         if not largest_error <= DTYPES[dtype]:
-            tracing.remove(path)
+            path.unlink()
+            data.unlink(missing_ok=True)
             raise VerificationError(
                 str(path),
                 f"the exported graph differs from torch by {largest_error:.2g} of the largest result"
                 f" (allowed {DTYPES[dtype]:.2g})",
                 "Report the architecture, or export it with its own tools",
             )
+    model_bytes = path.stat().st_size + (data.stat().st_size if data.exists() else 0)
     return ExportResult(
         path=path,
         architecture=architecture,

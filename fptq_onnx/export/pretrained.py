@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from fptq_onnx.errors import ModelError
 
@@ -160,11 +161,21 @@ def _load_checkpoint(directory: Path, dtype: torch.dtype) -> Any:
             "Upgrade transformers, or export the model with its own tools",
         )
     try:
-        return model_class.from_pretrained(directory, dtype=dtype, local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
+        model, info = model_class.from_pretrained(
+            directory, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             str(directory), f"the model cannot be loaded ({_first_line(error)})", "Check its files"
         ) from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ModelError(
+            str(directory),
+            f"the weights lack {len(missing)} parameters of {architectures[0]}, for example {missing[0]}",
+            'Correct "architectures" in config.json, or complete the weights',
+        )
+    return model
 
 
 def _load_gguf(directory: Path, gguf_file: str, dtype: torch.dtype) -> Any:

@@ -1,33 +1,27 @@
-"""Traces a torch module with torch.onnx.export and writes the graph, clean of everything local to this machine."""
+"""Traces a torch module with torch.onnx.export, leaving nothing of this machine in the graph."""
 
 from __future__ import annotations
 
-__all__ = ["quiet", "remove", "save", "trace"]
+__all__ = ["quiet", "trace"]
 
 import contextlib
 import logging
-import os
-import tempfile
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
+import onnx_ir as ir
 import torch
 import transformers
 
 from fptq_onnx.errors import ModelError
 from fptq_onnx.export.signatures import Signature
 
-# From this size on the weights go into a file of their own, as everywhere in this package.
-_EXTERNAL_BYTES = 100 << 20
 
-
-def trace(signature: Signature, opset: int) -> Any:
+def trace(signature: Signature, opset: int) -> ir.Model:
     """Trace with torch.export and translate to ONNX.
 
     Returns:
-        A torch.onnx.ONNXProgram whose weights are still those of the torch model.
+        The graph; its initializers still share memory with the torch model.
 
     Raises:
         ModelError: The architecture cannot be traced or translated.
@@ -51,34 +45,7 @@ def trace(signature: Signature, opset: int) -> Any:
         ) from error
     assert program is not None  # None is for dynamo=False only
     _drop_traces(program.model)
-    return program
-
-
-def save(program: Any, path: Path) -> int:
-    """Write the model so that a reader never sees half of it.
-
-    Args:
-        program: The traced program.
-        path: The model file; weights of 100 MiB and more go to "<name>.data" beside it.
-
-    Returns:
-        Bytes written.
-    """
-    weight_bytes = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
-        program.save(Path(folder) / path.name, external_data=weight_bytes >= _EXTERNAL_BYTES)
-        written = sorted(Path(folder).iterdir(), reverse=True)  # "model.onnx.data" before "model.onnx"
-        size = sum(file.stat().st_size for file in written)
-        remove(path)
-        for file in written:
-            os.replace(file, path.parent / file.name)
-    return size
-
-
-def remove(path: Path) -> None:
-    """Delete a model file and its external data, where they exist."""
-    for file in (path, path.with_name(path.name + ".data")):
-        file.unlink(missing_ok=True)
+    return program.model
 
 
 @contextlib.contextmanager
@@ -104,9 +71,10 @@ def quiet() -> Iterator[None]:
             transformers.logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def _drop_traces(model: Any) -> None:
+def _drop_traces(model: ir.Model) -> None:
     """Remove stack traces from node metadata: they hold local paths and make up most of the file."""
-    for graph_or_function in (model.graph, *model.functions.values()):
-        for node in graph_or_function.all_nodes():
+    containers: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for container in containers:
+        for node in container.all_nodes():
             for key in [key for key in node.metadata_props if key != "namespace"]:
                 del node.metadata_props[key]

@@ -270,9 +270,6 @@ def test_overlapping_reader_of_a_packed_layer_is_seen(tmp_path: Path) -> None:
         act = Gelu(g)
         p = Mul(act, u)
         y = MatMul(p, down)"""
-    ends = {
-        name: np.array([value]) for name, value in {"zero": 0, "five": 5, "six": 6, "eleven": 11, "last": -1}.items()
-    }
     _, _, site = _only_site(tmp_path, body, position=1, packed=PACKED, **_indices(0, 5, 6, 11, 12, -1))
     assert site.kind == "none"
 

@@ -132,7 +132,7 @@ struct Path {
 constexpr Path kPaths[] = {
     {"chosen", {0, 0, 0, 0, 0, 0, 0}, 80},
     {"stream, bulk copies", {1, 1, 0, 0, 0, 0, 0}, 90},
-    {"stream, bulk copies, split 4", {1, 1, 16, 64, 4, 0, 0}, 90},
+    {"stream, bulk copies, split 4", {1, 1, 16, 0, 4, 0, 0}, 90},
     {"stream, cp.async", {1, 2, 0, 0, 0, 0, 0}, 80},
     {"warpgroup 64x128", {2, 0, 64, 128, 0, 0, 0}, 90},
     {"warpgroup 128x256", {2, 0, 128, 256, 0, 0, 0}, 90},

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 
+from gpu_bench.cublaslt import Int8Product
 from gpu_bench.problem import Shape, random_activations
 
 __all__ = [
@@ -109,6 +110,24 @@ class TorchInt8(Peer):
         return [lambda w=w: torch._int_mm(x, w.t(), out=y) for w in self.weights]
 
 
+class CublasLtInt8(TorchInt8):
+    """cuBLASLt called directly, the fastest of 16 candidates with a workspace, where torch._int_mm takes the first."""
+
+    def calls(self, tokens: int) -> list[Call]:
+        """See Peer."""
+        rows = max(32, tokens)
+        device = torch.device(self.generator.device)
+        x = torch.randn(rows, self.shape.k, device=device, generator=self.generator)
+        x = (x * 30).clamp_(-127, 127).to(torch.int8)
+        y = torch.full((rows, self.shape.n), -1, dtype=torch.int32, device=device)
+        product = Int8Product(rows, self.shape.n, self.shape.k, device)
+        product.tune(x, self.weights, y)
+        product(x, self.weights[0], y)
+        if not torch.equal(y, torch._int_mm(x, self.weights[0].t())):
+            raise PeerUnavailableError("cuBLASLt's product differs from torch._int_mm's")
+        return [lambda w=w: product(x, w, y) for w in self.weights]
+
+
 class TorchFloat8(Peer):
     """torch._scaled_mm (cuBLASLt), e4m3 x e4m3 to bfloat16 with one scale per operand."""
 
@@ -203,6 +222,7 @@ PEERS: dict[str, type[Peer]] = {
     "torch fp16": TorchFloat16,
     "torch bf16": TorchBfloat16,
     "torch int8": TorchInt8,
+    "cuBLASLt int8": CublasLtInt8,
     "torch fp8": TorchFloat8,
     "humming": Humming,
     "copy": Copy,

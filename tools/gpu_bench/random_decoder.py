@@ -1,4 +1,4 @@
-"""Decoders with random weights in the graph that onnxruntime-genai exports: GroupQueryAttention, fused norms, KV cache."""
+"""Decoders with random weights, in the graph that onnxruntime-genai exports: GroupQueryAttention, fused norms."""
 
 from __future__ import annotations
 

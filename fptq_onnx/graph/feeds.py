@@ -11,6 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from fptq_onnx.errors import CalibrationError
+from fptq_onnx.graph.lookups import cache_head_size, position_limit, vocabulary_size
 
 __all__ = ["Feeds", "ModelInput", "ModelInputs", "describe_inputs", "describe_session"]
 
@@ -23,8 +24,6 @@ _POSITION_NAMES = ("position_ids", "cache_position")
 _SEGMENT_NAMES = ("token_type_ids", "segment_ids")
 # Scalars of optimum's exports: all logits, and the branch of a merged decoder that has no past.
 _CONSTANTS = {"num_logits_to_keep": 0, "logits_to_keep": 0, "use_cache_branch": False}
-# Nodes that hand token ids on to the embedding unchanged.
-_PASS_THROUGH = frozenset({"Identity", "Cast", "Reshape", "Unsqueeze", "Squeeze", "Flatten"})
 
 
 @dataclass(frozen=True)
@@ -78,10 +77,12 @@ class ModelInputs:
     Attributes:
         inputs: The declared inputs, those with a default (initializer) left out.
         vocabulary: Number of token ids that the embedding knows; None if it was not found.
+        positions: Longest sequence that the position tables allow; None if none was found.
     """
 
     inputs: tuple[ModelInput, ...]
     vocabulary: int | None = None
+    positions: int | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -101,6 +102,10 @@ class ModelInputs:
     def batch_size(self) -> int | None:
         """Fixed batch dimension of the token ids, None if dynamic."""
         return self._fixed(0)
+
+    def window(self, length: int) -> int:
+        """Sequence length to use where `length` is wished for: the fixed one, or at most what positions allow."""
+        return self.sequence_length or min(length, self.positions or length)
 
     @property
     def sequence_length(self) -> int | None:
@@ -223,20 +228,23 @@ class ModelInputs:
 
 
 def describe_inputs(model: ir.Model) -> ModelInputs:
-    """Read the declared inputs of a model and the size of its token embedding."""
+    """Read the declared inputs of a model, its vocabulary and the longest sequence it takes."""
     inputs = []
     for value in model.graph.inputs:
         if value.name is None or value.name in model.graph.initializers:
             continue
         shape = None if value.shape is None else tuple(d if isinstance(d, int) else d.value for d in value.shape)
         if shape is not None and len(shape) == 4 and not isinstance(shape[3], int):
-            shape = (*shape[:3], _head_size(value) or shape[3])
+            shape = (*shape[:3], cache_head_size(value) or shape[3])
         inputs.append(ModelInput(value.name, _numpy_type(value.dtype), shape))
     described = ModelInputs(tuple(inputs))
     tokens = described.token_input
     if tokens is None:
         return described
-    return ModelInputs(described.inputs, _embedding_rows(next(v for v in model.graph.inputs if v.name == tokens.name)))
+    token_ids = next(value for value in model.graph.inputs if value.name == tokens.name)
+    return ModelInputs(
+        described.inputs, vocabulary_size(model.graph, token_ids), position_limit(model.graph, token_ids)
+    )
 
 
 class _NodeArg(Protocol):
@@ -304,65 +312,3 @@ def _empty_cache(spec: ModelInput, batch: int) -> Array | None:
         return None
     sizes = [batch, *(size if isinstance(size, int) else 0 for size in spec.shape[1:])]
     return np.zeros(sizes, spec.dtype)
-
-
-def _embedding_rows(token_ids: ir.Value) -> int | None:
-    """Rows of the constant table that token ids are looked up in; None if no such lookup is found."""
-    pending, seen = [token_ids], {token_ids}
-    found = []
-    while pending:
-        for use in pending.pop().uses():
-            node = use.node
-            if node.op_type in ("Gather", "GatherBlockQuantized") and use.idx == 1:
-                axis = node.attributes.get_int("gather_axis", node.attributes.get_int("axis", 0))
-                rows = _constant_rows(node.inputs[0]) if axis == 0 else None
-                found += [] if rows is None else [rows]
-            elif node.op_type in _PASS_THROUGH and use.idx == 0 and node.outputs[0] not in seen:
-                seen.add(node.outputs[0])
-                pending.append(node.outputs[0])
-    return min(found, default=None)
-
-
-def _constant_rows(table: ir.Value | None) -> int | None:
-    """First dimension of an initializer, also through a Transpose (tied lm_head) or what keeps its rows."""
-    axis = 0
-    while table is not None:
-        if table.const_value is not None:
-            return table.const_value.shape.numpy()[axis]
-        node = table.producer()
-        if node is None or node.op_type not in ("DequantizeLinear", "Cast", "Identity", "Transpose"):
-            return None
-        if node.op_type == "Transpose":
-            axis = -1 - axis
-        table = node.inputs[0]
-    return None
-
-
-def _head_size(cache: ir.Value) -> int | None:
-    """Last dimension of a cache that declares it by a symbol, as onnxruntime-genai does, from its attention node."""
-    for use in cache.uses():
-        node = use.node
-        if node.op_type != "GroupQueryAttention":
-            continue
-        heads = node.attributes.get_int("num_heads", 0)
-        if node.inputs[1] is None:  # the first input holds query, key and value
-            heads += 2 * node.attributes.get_int("kv_num_heads", 0)
-        width = _width(node.inputs[0])
-        if heads and width:
-            return width // heads
-    return None
-
-
-def _width(value: ir.Value | None) -> int | None:
-    """Last dimension of an activation, declared or taken from the weight, bias or scale that makes it."""
-    if value is None:
-        return None
-    if value.shape is not None and len(value.shape) and isinstance(value.shape[-1], int):
-        return value.shape[-1]
-    node = value.producer()
-    if node is None:
-        return None
-    if node.op_type == "MatMulNBits":
-        return node.attributes.get_int("N", 0) or None
-    constants = [v.const_value for v in node.inputs if v is not None and v.const_value is not None]
-    return next((array.shape.numpy()[-1] for array in reversed(constants) if len(array.shape)), None)

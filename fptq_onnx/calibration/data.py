@@ -107,7 +107,7 @@ def calibration_data(
         inputs: The inputs of the model.
         tokenizer: tokenizer.json or its folder; needed for text.
         windows: Most sequences to take from text, and how many to make of random tokens.
-        length: Tokens per sequence; a model of fixed sequence length overrides it.
+        length: Tokens per sequence, shortened to what the model takes; a fixed sequence length overrides it.
         batch_size: Sequences per batch; a model of fixed batch size overrides it.
         seed: Picks the windows of a text and the random tokens.
 
@@ -142,7 +142,7 @@ def text_data(
 
     A text of more than `windows` windows gives a random choice of them, in the order of the text.
     """
-    length = inputs.sequence_length or length
+    length = inputs.window(length)
     every = encode_windows(load_tokenizer(tokenizer), read_text(path), length, str(path))
     chosen = every
     if len(every) > windows:
@@ -161,7 +161,7 @@ def random_data(
             "the model has no token embedding to draw random tokens for",
             "Calibrate with an .npz file of its inputs",
         )
-    length = inputs.sequence_length or length
+    length = inputs.window(length)
     ids = np.random.default_rng(seed).integers(0, inputs.vocabulary, (windows, length), dtype=np.int64)
     description = f"{windows} windows of {length} random tokens (data-free, seed {seed})"
     return token_data(inputs, ids, "random", description, batch_size=batch_size, where="random tokens")

@@ -150,7 +150,7 @@ def evaluate(
         model: The model to judge.
         token_ids: Ids of the whole text.
         against: The reference, normally the float model.
-        window: Tokens per window; a model of fixed sequence length overrides it.
+        window: Tokens per window, shortened to what the model takes; a fixed sequence length overrides it.
         max_tokens: Stop at the last whole window within this many predicted tokens (but take one at least).
         progress: Told of each window.
 
@@ -158,7 +158,7 @@ def evaluate(
         CalibrationError: Less than one window of text, ids outside the vocabulary, models of different vocabularies,
             or logits that are NaN.
     """
-    window = model.inputs.sequence_length or window
+    window = model.inputs.window(window)
     if window < 2:
         raise CalibrationError("window", f"of {window} tokens predicts nothing", "Use windows of 2 tokens or more")
     windows = token_windows(token_ids, window)

@@ -27,6 +27,11 @@ def test_every_family_is_fed_from_token_ids_alone(tiny_model):
         np.testing.assert_array_equal(feeds[name], array, err_msg=name)
         assert feeds[name].dtype == array.dtype, name
     assert inputs.vocabulary == tiny_model.vocab_size
+    # Rotary positions are computed in dynamo graphs; all others hold a table, see families.py for its rows.
+    if tiny_model.family.startswith("genai"):
+        assert inputs.positions == 512
+    else:
+        assert inputs.positions == (256 if tiny_model.architecture in ("gpt2", "bert", "bert-classifier") else None)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     onnxruntime.InferenceSession(tiny_model.path, options).run(None, feeds)
@@ -120,6 +125,12 @@ def test_fixed_dimensions():
     assert (inputs.batch_size, inputs.sequence_length) == (1, 5)
     with pytest.raises(CalibrationError, match=r"has shape \[2, 5\] where the model takes \[1, 5\]"):
         inputs.feeds(IDS)
+
+
+def test_windows_fit_the_model():
+    free, fixed = inputs_of(), ModelInputs((ModelInput("input_ids", INT64, (1, 5)),), positions=3)
+    assert (free.window(99), fixed.window(99)) == (99, 5)
+    assert [ModelInputs(free.inputs, positions=64).window(length) for length in (32, 128)] == [32, 64]
 
 
 def test_padding_without_a_mask_input_is_refused():

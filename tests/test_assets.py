@@ -10,20 +10,21 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 from tools import assets
+
+# Perplexities are only comparable on the same bytes.
+EVALUATION_SHA256 = "1207e7342cc44823edd8c4cac079b243874c8a686c29885921ad9534a8412831"
 
 
 @pytest.mark.parametrize(
     ("tagged", "text"),
     [
         ("The/at jury/nn said/vbd Friday/nr ,/, it/pps had/hvd ./.", "The jury said Friday, it had."),
-        ("``/`` No/at evidence/nn ''/'' ,/, he/pps said/vbd ./.", '"No evidence", he said.'),
-        ("Why/wrb not/* ?/. ?/.", "Why not?"),
-        ("It/pps is/bez (/( they/ppss say/vb )/) so/rb !/. !/.", "It is (they say) so!"),
-        ("one/cd and/or/cc 1-1/2/cd ;/. ;/.", "one and/or 1-1/2;"),
-        ("Atlanta's/np$ 5/cd %/nn --/-- more/ap", "Atlanta's 5% -- more"),
+        ("``/`` No/at evidence/nn ''/'' ,/, he/pps said/vbd ./.", "`` No evidence '', he said."),
+        ("Why/wrb not/* ?/. ?/.", "Why not??"),
+        ("It/pps is/bez (/( they/ppss say/vb )/) so/rb !/. !/.", "It is ( they say ) so!!"),
+        ("one/cd and/or/cc 1-1/2/cd ;/. ;/.", "one and/or 1-1/2;;"),
+        ("Atlanta's/np$ 5/cd %/nn --/-- more/ap", "Atlanta's 5 % -- more"),
         ("\n\tTwo/cd ./.\n\n\n\tThree/cd ./.\n", "Two. Three."),
         ("", ""),
     ],
@@ -35,8 +36,8 @@ def test_detokenize(tagged: str, text: str) -> None:
 def test_split_is_every_16th_sample_and_8_after() -> None:
     samples = {f"c{index:03}": f"word{index}/nn ./." for index in range(40)}
     evaluation, calibration = assets.split_samples(samples)
-    assert evaluation == "word0.\n\nword16.\n\nword32.\n"
-    assert calibration == "word8.\n\nword24.\n"
+    assert evaluation == "word0.\n\nword16.\n\nword32."
+    assert calibration == "word8.\n\nword24."
 
 
 def _package(content: bytes) -> assets.Package:
@@ -91,5 +92,5 @@ def test_brown_text_is_the_one_the_figures_are_for() -> None:
         "The Fulton County Grand Jury said Friday an investigation of Atlanta's recent primary"
     )
     assert len(evaluation.split("\n\n")) == 32 and len(calibration.split("\n\n")) == 31
-    assert "``" not in evaluation and "''" not in evaluation
+    assert hashlib.sha256(evaluation.encode()).hexdigest() == EVALUATION_SHA256
     assert not set(evaluation.split("\n\n")) & set(calibration.split("\n\n"))

@@ -124,7 +124,7 @@ def split_samples(samples: dict[str, str]) -> tuple[str, str]:
     names = sorted(samples)
 
     def join(selected: Sequence[str]) -> str:
-        return "\n\n".join(detokenize(samples[name]) for name in selected) + "\n"
+        return "\n\n".join(detokenize(samples[name]) for name in selected)
 
     return join(names[::STRIDE]), join(names[CALIBRATION_OFFSET::STRIDE])
 
@@ -132,8 +132,10 @@ def split_samples(samples: dict[str, str]) -> tuple[str, str]:
 def detokenize(tagged: str) -> str:
     """Turn "The/at jury/nn said/vbd ,/, ``/`` no/at ''/'' ./." back into running text.
 
-    A line of the corpus is a sentence or a headline. Sentences are joined by spaces and each sample becomes one
-    paragraph. The corpus writes quotation marks as `` and '' and doubles "?", "!", ";" and ":" that end a sentence.
+    Tags go, words are joined by spaces, and no space stays before . , ; : ? and !. Nothing else is normalized:
+    quotation marks stay `` and '', and a doubled "? ?" becomes "??". Every figure of this repository belongs to
+    exactly this text (the float model has a perplexity of 40.1 on its first 44 windows of 512 tokens); with
+    typographic quotation marks and single question marks perplexities are 6 % lower.
 
     Args:
         tagged: One sample, words as "word/tag".
@@ -141,17 +143,8 @@ def detokenize(tagged: str) -> str:
     Returns:
         Running text without line breaks.
     """
-    sentences = []
-    for line in tagged.splitlines():
-        text = " ".join(token.rpartition("/")[0] for token in line.split())
-        text = re.sub(r"([?!;:]) \1", r"\1", text)
-        text = re.sub(r"`` ?", '"', text)
-        text = re.sub(r" ?''", '"', text)
-        text = re.sub(r" ([,.;:?!%)\]}])", r"\1", text)
-        text = re.sub(r"([(\[{]) ", r"\1", text)
-        if text:
-            sentences.append(text)
-    return " ".join(sentences)
+    text = " ".join(token.rpartition("/")[0] for token in tagged.split())
+    return re.sub(r" ([.,;:?!])", r"\1", text)
 
 
 def unpacked(

@@ -286,7 +286,8 @@ class Driver {
         worst = error <= worst ? worst : error;  // keeps NaN
       }
     }
-    const double tolerance = p.dtype == 0 ? 1e-5 : 2e-3;
+    // Half a unit in the last place of the type, and a little for float32 sums.
+    const double tolerance = std::ldexp(1.0, p.dtype == 0 ? -24 : p.dtype == 1 ? -11 : -8) + 1e-4;
     if (!(worst <= tolerance)) {
       Fail("%s: m=%d k=%d n=%d block=%d dtype=%d max_multiple=%d per_token=%d zero_point=%d: error %g", path, p.m, p.k,
            p.n, p.block, p.dtype, p.max_multiple, p.per_token ? 1 : 0, p.zero_point, worst);

@@ -16,10 +16,10 @@ from gpu_bench.problem import (  # noqa: E402
     random_weight,
     reference,
     relative_error,
+    tolerance,
 )
 from gpu_bench.sessions import BoundRun, cuda_session  # noqa: E402
 
-TOLERANCE = 2e-3
 POISON = {torch.uint8: 77}
 
 
@@ -79,7 +79,8 @@ def test_random_problem(library, seed):
             assert torch.equal(a, expected_a)
     rows = a_scale.reshape(-1, 1) if per_token else a_scale
     expected = reference(a.view(m, shape.k), rows, weight, zero_point)
-    assert relative_error(made["Y"].view(m, shape.n), expected) <= TOLERANCE, (shape, block, m, dtype, activation)
+    error = relative_error(made["Y"].view(m, shape.n), expected)
+    assert error <= tolerance(dtype), (shape, block, m, dtype, activation)
 
 
 @pytest.mark.parametrize("structured", [False, True])

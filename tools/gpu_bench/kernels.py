@@ -26,6 +26,7 @@ from gpu_bench.problem import (
     random_weight,
     reference,
     relative_error,
+    tolerance,
 )
 from gpu_bench.records import environment, write_record
 from gpu_bench.tables import markdown_table
@@ -37,7 +38,6 @@ logger = logging.getLogger(__name__)
 
 DTYPE = torch.float16
 BLOCK = 128
-TOLERANCE = 2e-3
 SAMPLED_ROWS, SAMPLED_COLUMNS = 8, 256
 QUICK_PEERS = ("torch fp16", "torch int8", "humming", "pure read", "copy")
 # Wgmma rates are read off a run of about a millisecond.
@@ -158,7 +158,7 @@ def run(arguments: argparse.Namespace) -> int:
         "rounds": ROUNDS,
         "block": BLOCK,
         "contains": contains,
-        "check": f"integer part equal to int64; float64 of the quantized problem within {TOLERANCE}; bytes repeat",
+        "check": f"integer part equal to int64; float64 result within {tolerance(DTYPE):.1e}; bytes repeat",
     }
     body = {"protocol": protocol, "ceilings": ceilings, "unavailable": unavailable, "rows": rows}
     print(write_record("gpu-kernels" + ("-quick" if arguments.quick else ""), environment(), body))
@@ -265,7 +265,7 @@ def check_kernels(ours: Ours, tokens: int) -> dict[str, Any]:
     b = weight.values[:, columns].long() * multiples[:, columns].repeat_interleave(weight.block, dim=0)[: ours.shape.k]
     exact = (quantized[rows].cpu().numpy().astype(np.int64) - ZERO_POINT) @ b.cpu().numpy()
     integers = bool((sums[rows][:, columns].cpu().numpy() == exact).all())
-    passed = integers and repeats and finite and quantize and error <= TOLERANCE
+    passed = integers and repeats and finite and quantize and error <= tolerance(DTYPE)
     return {"passed": passed, "integers": integers, "error": error, "quantize": quantize, "repeats": repeats}
 
 

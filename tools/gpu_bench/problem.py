@@ -21,6 +21,7 @@ __all__ = [
     "random_weight",
     "reference",
     "relative_error",
+    "tolerance",
 ]
 
 ZERO_POINT = 128
@@ -169,6 +170,11 @@ def reference(
         strip = Weight(weight.values[:, columns], weight.scale[:, columns], weight.block)
         out[:, columns] = centred @ strip.dequantized()
     return out * a_scale.double()
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """The largest acceptable `relative_error` of a result of this type: its rounding, and a little for float32 sums."""
+    return torch.finfo(dtype).eps / 2 + 1e-4
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

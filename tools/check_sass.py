@@ -31,7 +31,7 @@ __all__ = ["EXPECTATIONS", "Kernel", "disassembler", "faults", "parse_ptxas", "p
 
 TENSOR = re.compile(r"^(IGMMA|IMMA)\b")
 LOCAL = re.compile(r"^(LDL|STL)\b")
-HOPPER, AMPERE = r"^sm_90a?$", r"^sm_8[069]$"
+HOPPER = r"^sm_90a?$"
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,14 @@ EXPECTATIONS = (
     Expectation("WarpgroupKernel", HOPPER, r"^LDS\.128\b", in_loop=True),
     Expectation("WarpgroupKernel", HOPPER, r"^UBLKCP\b"),
     Expectation("WarpgroupKernel", HOPPER, r"^UTMALDG\b"),
-    # Small batches: warp products, one 16-byte shared load of weights for two of them, bulk or asynchronous copies.
-    Expectation("StreamKernel", r"", r"^IMMA\.16832\.S8\.S8\b", in_loop=True),
-    Expectation("StreamKernel", r"", r"^LDS\.128\b", in_loop=True),
-    Expectation("StreamKernel.*Bulk", HOPPER, r"^UBLKCP\b"),
-    Expectation("StreamKernel.*Async", r"", r"^LDGSTS\S*\.128\b"),
+    # Small batches: warp products, one 16-byte shared load of weights for two of them, bulk copies.
+    Expectation("StreamKernel", HOPPER, r"^IMMA\.16832\.S8\.S8\b", in_loop=True),
+    Expectation("StreamKernel", HOPPER, r"^LDS\.128\b", in_loop=True),
+    Expectation("StreamKernel", HOPPER, r"^UBLKCP\b"),
+    # Before Hopper: the same products, fed by asynchronous 16-byte copies.
+    Expectation("TileKernel", r"", r"^IMMA\.16832\.S8\.S8\b", in_loop=True),
+    Expectation("TileKernel", r"", r"^LDS\.128\b", in_loop=True),
+    Expectation("TileKernel", r"", r"^LDGSTS\S*\.128\b"),
     # Activations stream through registers 16 bytes at a time.
     Expectation("QuantizeRows", r"", r"^LDG\S*\.128\b"),
 )

@@ -1,0 +1,199 @@
+// Which CTA computes what: order of output tiles, ranges of K, shares of a split-K reduction. Host/device maths.
+#ifndef FPTQ_TILE_PLAN_H_
+#define FPTQ_TILE_PLAN_H_
+
+#include <cstdint>
+
+#include "fptq/packing.h"
+
+namespace fptq::plan {
+
+struct Range {
+  int begin, end;
+};
+
+/// Part `part` of `parts` of `count` items: contiguous, sizes differ by at most one, larger parts first.
+FPTQ_HD constexpr Range Share(int count, int part, int parts) {
+  const int base = count / parts;
+  const int extra = count % parts;
+  const int begin = part * base + (part < extra ? part : extra);
+  return {begin, begin + base + (part < extra ? 1 : 0)};
+}
+
+struct Tile {
+  int m, n;
+};
+
+/// Output tiles are walked in bands of at most `band` tiles along M, channels slowest inside a band, so that the tiles
+/// in flight at one moment read few different activations and few different weights from L2.
+FPTQ_HD constexpr Tile TileAt(int index, int tiles_m, int tiles_n, int band) {
+  const int per_band = band * tiles_n;
+  const int first_m = index / per_band * band;
+  const int height = tiles_m - first_m < band ? tiles_m - first_m : band;
+  const int rest = index % per_band;
+  return {first_m + rest % height, rest / height};
+}
+
+/// A kernel configuration. Zero fields are free for Choose*.
+struct Config {
+  int tile_m = 0;   ///< tokens
+  int tile_n = 0;   ///< channels
+  int split_k = 0;  ///< CTAs of a cluster that share a tile
+  int stages = 0;   ///< depth of the shared-memory ring
+  int clusters = 0; ///< streaming kernel: clusters of split_k CTAs
+};
+
+/// Places in the shared memory of a CTA: a ring of stages of 128 rows of K, each a tile of activations, the blocks of
+/// `strips` strips and their scales. Tiles come first: the copy engine's swizzle wants them aligned to 1 KB.
+/// When the ring is empty, the sums of a split tile take its place.
+struct RingMemory {
+  int tile_bytes, weight_bytes, scale_bytes;  ///< of one stage; scale_bytes of one strip
+  int weights, scales, barriers, total;       ///< offsets, and the whole
+
+  FPTQ_HD static constexpr RingMemory Of(int tokens, int strips, int stages, int scale_bytes) {
+    RingMemory memory{};
+    memory.tile_bytes = tokens * packing::kBlockK;
+    memory.weight_bytes = strips * packing::kBlockBytes;
+    memory.scale_bytes = scale_bytes;
+    memory.weights = stages * memory.tile_bytes;
+    memory.scales = memory.weights + stages * memory.weight_bytes;
+    memory.barriers = memory.scales + stages * strips * scale_bytes;
+    memory.total = memory.barriers + stages * 16;
+    const int sums = tokens * strips * packing::kStripN * 4;
+    if (memory.total < sums) memory.total = sums;
+    return memory;
+  }
+};
+
+/// Depth of the ring where cp.async fills it (before sm_90, and for rows of A that are not aligned to 16 bytes).
+inline constexpr int kAsyncStages = 4;
+
+/// What planning needs to know of a device.
+struct DeviceLimits {
+  int multiprocessors;
+  int shared_per_cta;
+  int shared_per_multiprocessor;
+};
+
+/// Deepest ring of at most `blocks` stages that lets `ctas` CTAs share a multiprocessor.
+inline int DeepestRing(const DeviceLimits& device, int ctas, int blocks, int tokens, int strips, int scale_bytes) {
+  constexpr int kReserved = 1024;  // that CUDA takes from each CTA
+  int room = device.shared_per_multiprocessor / ctas - kReserved;
+  if (room > device.shared_per_cta) room = device.shared_per_cta;
+  int stages = 1;
+  while (stages < blocks && RingMemory::Of(tokens, strips, stages + 1, scale_bytes).total <= room) ++stages;
+  return stages;
+}
+
+/// Doubles `split` while the CTAs still fit `slots` and each keeps at least `least` blocks.
+inline int ChooseSplit(int64_t tiles, int64_t slots, int blocks, int least) {
+  int split = 1;
+  while (split < 8 && tiles * split * 2 <= slots && blocks / (split * 2) >= least) split *= 2;
+  return split;
+}
+
+/// Groups of four warps in a CTA of the streaming kernel, each with a strip of its own.
+FPTQ_HD constexpr int StreamGroups(int tokens) { return tokens <= 16 ? 4 : 2; }
+
+/// Shared memory of a CTA of the streaming kernel. The activations of its share of K stay for its whole life; the ring
+/// carries blocks of weights with their scales; `inbox` receives the sums of the other CTAs of the cluster, twice per
+/// group because a round is read while the next one arrives.
+struct StreamMemory {
+  int tile_bytes, scale_bytes, inbox_bytes;             ///< of one block of K; of one stage; of one group and round
+  int inbox, weights, scales, barriers, barrier_count;  ///< offsets; activations are at 0
+  int total;
+
+  /// `blocks`: the largest share of K of a rank, in blocks.
+  FPTQ_HD static constexpr StreamMemory Of(int tokens, int blocks, int stages, int scale_bytes) {
+    StreamMemory memory{};
+    memory.tile_bytes = tokens * packing::kBlockK;
+    memory.scale_bytes = scale_bytes;
+    memory.inbox_bytes = tokens * packing::kStripN * 4;
+    memory.inbox = blocks * memory.tile_bytes;
+    memory.weights = memory.inbox + 2 * StreamGroups(tokens) * memory.inbox_bytes;
+    memory.scales = memory.weights + stages * packing::kBlockBytes;
+    memory.barriers = memory.scales + stages * scale_bytes;
+    memory.barrier_count = 2 * stages + 2 * StreamGroups(tokens) + 1;
+    memory.total = memory.barriers + memory.barrier_count * 8;
+    return memory;
+  }
+};
+
+/// Which strips a cluster of the streaming kernel computes: `rounds` times one strip per group.
+struct StreamWork {
+  Range strips;
+
+  FPTQ_HD static constexpr StreamWork Of(int strips, int cluster, int clusters) {
+    return {Share(strips, cluster, clusters)};
+  }
+  FPTQ_HD constexpr int Rounds(int groups) const { return (strips.end - strips.begin + groups - 1) / groups; }
+  /// Groups that have a strip in a round.
+  FPTQ_HD constexpr int Active(int round, int groups) const {
+    const int left = strips.end - strips.begin - round * groups;
+    return left < groups ? left : groups;
+  }
+};
+
+/// The streaming kernel for m tokens: clusters of at least two CTAs share K, strips are dealt to clusters evenly. stages = 0 if the activations do not fit: then the kernel cannot run.
+inline Config ChooseStream(const DeviceLimits& device, const packing::Layout& layout, int64_t m, int scale_bytes,
+                           Config config) {
+  if (config.tile_m == 0) config.tile_m = m <= 8 ? 8 : m <= 16 ? 16 : m <= 32 ? 32 : 64;
+  if (config.split_k == 1) config.split_k = 2;
+  const int blocks = static_cast<int>(layout.k_blocks);
+  const int strips = static_cast<int>(layout.strips);
+  const int groups = StreamGroups(config.tile_m);
+  // Two CTAs on a multiprocessor, so that the next kernel's weights arrive while this one finishes; one if need be.
+  const auto stages = [&](int split) {
+    int depth = 0;
+    for (int ctas = 2; ctas >= 1 && depth < 8; --ctas) {
+      int room = device.shared_per_multiprocessor / ctas - 1024;
+      if (room > device.shared_per_cta) room = device.shared_per_cta;
+      const int share = (blocks + split - 1) / split;
+      depth = 0;
+      while (depth < 32 && StreamMemory::Of(config.tile_m, share, depth + 1, scale_bytes).total <= room) ++depth;
+    }
+    return depth < 4 ? 0 : depth;
+  };
+  const auto per_cluster = [&](int split) {
+    const int clusters = device.multiprocessors / split;
+    return (strips + clusters - 1) / clusters;
+  };
+  if (config.split_k == 0) {
+    int64_t best = INT64_MAX;
+    for (int split = 2; split <= 8; split *= 2) {
+      if (split > 2 && blocks / split < 2) continue;
+      if (stages(split) == 0) continue;
+      const int idle = per_cluster(split) < groups ? groups - per_cluster(split) : 0;
+      const int64_t cost = (int64_t{per_cluster(split)} * ((blocks + split - 1) / split) * 64 + idle) * 8 + split / 2;
+      if (cost < best) {
+        best = cost;
+        config.split_k = split;
+      }
+    }
+    if (config.split_k == 0) config.split_k = 2;
+  }
+  config.tile_n = packing::kStripN;
+  config.clusters = (strips + per_cluster(config.split_k) - 1) / per_cluster(config.split_k);
+  if (config.stages == 0) config.stages = stages(config.split_k);
+  return config;
+}
+
+/// The warpgroup kernel for m tokens: one CTA per multiprocessor. `wide`: tiles of 256 channels are allowed.
+inline Config ChooseWarpgroup(const DeviceLimits& device, const packing::Layout& layout, int64_t m, int scale_bytes,
+                              bool wide, Config config) {
+  if (config.tile_m == 0) config.tile_m = m <= 64 ? 64 : 128;
+  if (config.tile_n == 0) {
+    const int64_t tiles = packing::CeilDiv(m, config.tile_m) * packing::CeilDiv(layout.strips, 4);
+    config.tile_n = wide && config.tile_m == 128 && tiles * 4 >= device.multiprocessors * 3 ? 256 : 128;
+  }
+  const int strips = config.tile_n / packing::kStripN;
+  const int blocks = static_cast<int>(layout.k_blocks);
+  const int64_t tiles = packing::CeilDiv(layout.strips, strips) * packing::CeilDiv(m, config.tile_m);
+  if (config.split_k == 0) config.split_k = ChooseSplit(tiles, device.multiprocessors, blocks, 4);
+  if (config.stages == 0) config.stages = DeepestRing(device, 1, 64, config.tile_m, strips, scale_bytes);
+  return config;
+}
+
+}  // namespace fptq::plan
+
+#endif  // FPTQ_TILE_PLAN_H_

@@ -1,0 +1,149 @@
+// What the matrix kernels share: arguments, epilogue, launch helpers.
+#ifndef FPTQ_CUDA_COMMON_CUH_
+#define FPTQ_CUDA_COMMON_CUH_
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <string>
+
+#include "cuda/kernels.h"
+#include "cuda/numeric.cuh"
+#include "cuda/ptx.cuh"
+#include "fptq/packing.h"
+#include "fptq/tile_plan.h"
+
+namespace fptq::cuda {
+
+using packing::Encoding;
+using packing::kBlockBytes;
+using packing::kBlockK;
+using packing::kGroupThreads;
+using packing::kHalfBytes;
+using packing::kStepsPerBlock;
+using packing::kStripN;
+
+inline void Check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) {
+    cudaGetLastError();  // or the next check would report it again
+    throw CudaError(std::string(what) + ": " + cudaGetErrorString(status));
+  }
+}
+
+/// Kernel arguments of one product.
+struct MatMulArguments {
+  WeightView weights;
+  MatMulCall call;
+  int split;   ///< CTAs of a cluster that share a tile
+  int stages;  ///< depth of the shared-memory ring
+};
+
+/// The map of A [m, k] for tiles of `rows` rows x 128 bytes, swizzled. Encoded on the host, passed by value.
+CUtensorMap ActivationMap(const Device& device, const MatMulCall& call, int64_t k, int rows);
+
+/// Sums of two neighbouring channels become two results. The factors that depend on the channel are read once.
+template <class T, Encoding kEncoding>
+class Epilogue {
+ public:
+  /// `n`: an even channel, below the padded channel count. `centre`: what the tensor cores subtracted from activations.
+  __device__ Epilogue(const MatMulArguments& args, int64_t n, int centre)
+      : call_(args.call), n_(n), channels_(args.weights.layout.n), centre_(centre) {
+    if (kEncoding == Encoding::kInteger) sum_ = *reinterpret_cast<const int2*>(args.weights.column_sum + n);
+    base_ = *reinterpret_cast<const float2*>(args.weights.column_base + n);
+    zero_point_ = *call_.a_zero_point;
+  }
+
+  /// `sums`: bits of two float (float encoding) or int32 (integer encoding) sums of row m.
+  __device__ void Store(int64_t m, uint2 sums) const {
+    if (m >= call_.m || n_ >= channels_) return;
+    const float a_scale = call_.a_scale[call_.per_token ? m : 0];
+    float2 y;
+    if constexpr (kEncoding == Encoding::kInteger) {
+      y.x = packing::DequantizeInteger(static_cast<int>(sums.x), sum_.x, base_.x, centre_, zero_point_, a_scale);
+      y.y = packing::DequantizeInteger(static_cast<int>(sums.y), sum_.y, base_.y, centre_, zero_point_, a_scale);
+    } else {
+      y.x = packing::DequantizeFloat(__uint_as_float(sums.x), base_.x, centre_, zero_point_, a_scale);
+      y.y = packing::DequantizeFloat(__uint_as_float(sums.y), base_.y, centre_, zero_point_, a_scale);
+    }
+    T* row = static_cast<T*>(call_.y) + m * channels_ + n_;
+    if (channels_ % 2 == 0) {
+      *reinterpret_cast<typename Numeric<T>::Pair*>(row) = Numeric<T>::FromFloat2(y);
+    } else {
+      row[0] = Numeric<T>::FromFloat(y.x);
+      if (n_ + 1 < channels_) row[1] = Numeric<T>::FromFloat(y.y);
+    }
+  }
+
+ private:
+  const MatMulCall& call_;
+  int64_t n_, channels_;
+  int centre_, zero_point_;
+  float2 base_;
+  int2 sum_;
+};
+
+/// Adds two pairs of sums; the order of calls fixes the order of float additions.
+template <Encoding kEncoding>
+__device__ __forceinline__ uint2 AddSums(uint2 a, uint2 b) {
+  if constexpr (kEncoding == Encoding::kInteger) return {a.x + b.x, a.y + b.y};
+  return {__float_as_uint(__uint_as_float(a.x) + __uint_as_float(b.x)),
+          __float_as_uint(__uint_as_float(a.y) + __uint_as_float(b.y))};
+}
+
+/// One launch with cluster size and programmatic dependent launch as wanted.
+struct LaunchShape {
+  dim3 grid;
+  int threads;
+  int shared_bytes;
+  int cluster = 1;
+  bool overlap = false;
+};
+
+template <class... Parameters, class... Arguments>
+void Launch(void (*kernel)(Parameters...), const LaunchShape& shape, Stream stream, const Arguments&... arguments) {
+  cudaLaunchAttribute attributes[2];
+  int count = 0;
+  if (shape.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
+  }
+  if (shape.overlap) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = shape.grid;
+  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = static_cast<unsigned>(count);
+  if (shape.shared_bytes > 48 * 1024) {
+    Check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes),
+          "cudaFuncSetAttribute");
+  }
+  Check(cudaLaunchKernelEx(&config, kernel, arguments...), "cudaLaunchKernelEx");
+}
+
+/// Calls `body(T{})` for the type.
+template <class Body>
+void ForType(DataType type, Body&& body) {
+  switch (type) {
+    case DataType::kFloat32:
+      return body(float{});
+    case DataType::kFloat16:
+      return body(__half{});
+    case DataType::kBFloat16:
+      return body(__nv_bfloat16{});
+  }
+}
+
+// The launchers of the single kernels; LaunchMatMul chooses among them.
+void LaunchStream(const Device& device, const MatMulArguments& args, const Plan& plan, Stream stream);
+void LaunchWarpgroup(const Device& device, const MatMulArguments& args, const Plan& plan, Stream stream);
+void LaunchTile(const Device& device, const MatMulArguments& args, Stream stream);
+void LaunchReference(const Device& device, const MatMulArguments& args, Stream stream);
+
+}  // namespace fptq::cuda
+
+#endif  // FPTQ_CUDA_COMMON_CUH_

@@ -1,0 +1,132 @@
+// Choice of kernel and configuration; what the launchers know about devices.
+
+#include <algorithm>
+#include <mutex>
+
+#include "cuda/common.cuh"
+
+namespace fptq::cuda {
+namespace {
+
+constexpr int kMaxDevices = 64;
+constexpr int64_t kStreamRows = 32;  // up to here the streaming kernel is faster than the warpgroup kernel
+
+Device Query(int index) {
+  Device device;
+  device.index = index;
+  int major = 0, minor = 0;
+  Check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index), "cudaDeviceGetAttribute");
+  Check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index), "cudaDeviceGetAttribute");
+  Check(cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index),
+        "cudaDeviceGetAttribute");
+  Check(cudaDeviceGetAttribute(&device.max_shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index),
+        "cudaDeviceGetAttribute");
+  Check(cudaDeviceGetAttribute(&device.shared_per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, index),
+        "cudaDeviceGetAttribute");
+  device.capability = 10 * major + minor;
+  if (device.HasBulkCopies()) {
+    cudaDriverEntryPointQueryResult result;
+    Check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &device.encode_tensor_map, 12000,
+                                           cudaEnableDefault, &result),
+          "cudaGetDriverEntryPointByVersion");
+  }
+  return device;
+}
+
+}  // namespace
+
+const Device& Device::Current() {
+  static std::mutex mutex;
+  static Device devices[kMaxDevices];
+  static bool known[kMaxDevices] = {};
+  int index = 0;
+  Check(cudaGetDevice(&index), "cudaGetDevice");
+  if (index >= kMaxDevices) throw CudaError("device " + std::to_string(index) + " is beyond the last supported one");
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (!known[index]) devices[index] = Query(index);
+  known[index] = true;
+  return devices[index];
+}
+
+DeviceGuard::DeviceGuard(int device) : previous_(device), switched_(false) {
+  if (cudaGetDevice(&previous_) == cudaSuccess && previous_ != device) switched_ = cudaSetDevice(device) == cudaSuccess;
+}
+DeviceGuard::~DeviceGuard() {
+  if (switched_) cudaSetDevice(previous_);
+}
+
+CUtensorMap ActivationMap(const Device& device, const MatMulCall& call, int64_t k, int rows) {
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  const Encode encode = reinterpret_cast<Encode>(device.encode_tensor_map);
+  if (encode == nullptr) throw CudaError("this driver has no cuTensorMapEncodeTiled");
+  CUtensorMap map;
+  const cuuint64_t size[] = {static_cast<cuuint64_t>(k), static_cast<cuuint64_t>(call.m)};
+  const cuuint64_t stride[] = {static_cast<cuuint64_t>(k)};
+  const cuuint32_t box[] = {kBlockK, static_cast<cuuint32_t>(rows)};
+  const cuuint32_t element_stride[] = {1, 1};
+  const CUresult result =
+      encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<uint8_t*>(call.a), size, stride, box, element_stride,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) throw CudaError("cuTensorMapEncodeTiled: error " + std::to_string(result));
+  return map;
+}
+
+Plan ChoosePlan(const Device& device, const WeightView& weights, int64_t m, bool aligned, const Plan& wanted) {
+  Plan plan = wanted;
+  const packing::Layout& layout = weights.layout;
+  const int scale_bytes = weights.BlockScaleBytes();
+  const bool bulk = device.HasBulkCopies() && aligned && wanted.loader != Loader::kAsync;
+  if (layout.promotion_k == 0) plan.kernel = Kernel::kReference;
+  const auto choose_stream = [&] {
+    plan.kernel = Kernel::kStream;
+    plan.loader = Loader::kBulk;
+    plan.config = plan::ChooseStream(device.Limits(), layout, m, scale_bytes, wanted.config);
+    return plan.config.stages > 0;
+  };
+  const auto choose_warpgroup = [&] {
+    const bool wide = weights.encoding == Encoding::kInteger || layout.promotion_k == kBlockK;
+    plan.kernel = Kernel::kWarpgroup;
+    plan.loader = Loader::kBulk;
+    plan.config = plan::ChooseWarpgroup(device.Limits(), layout, m, scale_bytes, wide, wanted.config);
+    return device.HasWgmma();
+  };
+  switch (plan.kernel) {
+    case Kernel::kReference:
+      return plan;
+    case Kernel::kWarpgroup:
+      if (bulk && choose_warpgroup()) return plan;
+      throw CudaError("the warpgroup kernel needs sm_90 and rows of A aligned to 16 bytes");
+    case Kernel::kStream:
+      if (bulk && choose_stream()) return plan;
+      break;
+    case Kernel::kChosen:
+      if (bulk && m <= kStreamRows && choose_stream()) return plan;
+      if (bulk && choose_warpgroup()) return plan;
+      if (bulk && choose_stream()) return plan;
+  }
+  const bool small = m <= 8;
+  plan.kernel = Kernel::kStream;
+  plan.loader = Loader::kAsync;
+  plan.config = {small ? 8 : 64, small ? 64 : 128, 1, plan::kAsyncStages, 0};
+  return plan;
+}
+
+void LaunchMatMul(const Device& device, const WeightView& weights, const MatMulCall& call, Stream stream,
+                  const Plan& wanted) {
+  if (call.m == 0) return;
+  const bool aligned = weights.layout.k % 16 == 0 && reinterpret_cast<uintptr_t>(call.a) % 16 == 0;
+  const Plan plan = ChoosePlan(device, weights, call.m, aligned, wanted);
+  const MatMulArguments args = {weights, call, plan.config.split_k, plan.config.stages};
+  switch (plan.kernel) {
+    case Kernel::kStream:
+      if (plan.loader == Loader::kAsync) return LaunchTile(device, args, stream);
+      return LaunchStream(device, args, plan, stream);
+    case Kernel::kWarpgroup:
+      return LaunchWarpgroup(device, args, plan, stream);
+    default:
+      return LaunchReference(device, args, stream);
+  }
+}
+
+}  // namespace fptq::cuda

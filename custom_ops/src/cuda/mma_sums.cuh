@@ -1,0 +1,100 @@
+// Sums of 64 channels x kTokens tokens in the registers of four warps, by mma.m16n8k32.
+#ifndef FPTQ_CUDA_MMA_SUMS_CUH_
+#define FPTQ_CUDA_MMA_SUMS_CUH_
+
+#include "cuda/common.cuh"
+
+namespace fptq::cuda {
+
+/// The activations become int8 minus 128 in registers: the common zero point needs no correction.
+inline constexpr int kMmaCentre = 128;
+
+/// The sums that one thread holds: kTokens / 8 fragments of 16 channels x 8 tokens.
+template <class T, Encoding kEncoding, int kTokens>
+class MmaSums {
+  static constexpr int kFragments = kTokens / 8;
+  static constexpr bool kFloat = kEncoding == Encoding::kFloat;
+
+ public:
+  /// Adds one block: `weights` and `scales` of the thread's strip, `tile` the activations.
+  __device__ void Add(const uint8_t* weights, const uint8_t* scales, const uint8_t* tile,
+                      const packing::Layout& layout) {
+    const int thread = threadIdx.x % kGroupThreads;
+    const int lane = threadIdx.x % 32;
+    const int channel = packing::ThreadChannel(thread);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint4 words = *reinterpret_cast<const uint4*>(weights + half * kHalfBytes + thread * 16);
+      uint32_t b[kFragments][4];
+#pragma unroll
+      for (int j = 0; j < kFragments; ++j) {
+        const int chunk = half * 4 + lane / 8;
+        ptx::LoadMatrices(b[j], ptx::SharedAddress(tile + packing::SwizzledOffset(j * 8 + lane % 8, chunk)));
+#pragma unroll
+        for (int r = 0; r < 4; ++r) b[j][r] ^= packing::kCentre128;
+      }
+#pragma unroll
+      for (int s = 0; s < 2; ++s) {
+        const int step = 2 * half + s;
+        const uint32_t even = s == 0 ? words.x : words.z;
+        const uint32_t odd = s == 0 ? words.y : words.w;
+        const int row = layout.ScaleRowOfStep(step);
+        packing::Fragment fragment;
+        if constexpr (kFloat) {
+          fragment = packing::UnpackFloat(even, odd);
+        } else {
+          const uint32_t pair = *reinterpret_cast<const uint32_t*>(scales + (row * kStripN + channel) * 2);
+          fragment = packing::UnpackInteger(even, odd, packing::Spread(pair));
+        }
+#pragma unroll
+        for (int j = 0; j < kFragments; ++j) ptx::MmaS8(partial_[j], fragment.a, b[j][2 * s], b[j][2 * s + 1]);
+        if constexpr (kFloat) {
+          if (layout.PromotesAfterStep(step)) {
+            using Pair = typename Numeric<T>::Pair;
+            Promote(Numeric<T>::ToFloat2(
+                *reinterpret_cast<const Pair*>(scales + (row * kStripN + channel) * sizeof(T))));
+          }
+        }
+      }
+    }
+  }
+
+  __device__ void Clear() {
+#pragma unroll
+    for (int j = 0; j < kFragments; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        partial_[j][i] = 0;
+        if constexpr (kFloat) sum_[j][i] = 0;
+      }
+    }
+  }
+
+  /// Sums of two neighbouring channels for token `fragment * 8 + lane % 4 * 2 + odd`.
+  __device__ uint2 Pair(int fragment, int odd) const {
+    if constexpr (kFloat) {
+      return {__float_as_uint(sum_[fragment][odd]), __float_as_uint(sum_[fragment][2 + odd])};
+    } else {
+      return {static_cast<uint32_t>(partial_[fragment][odd]), static_cast<uint32_t>(partial_[fragment][2 + odd])};
+    }
+  }
+
+ private:
+  __device__ void Promote(float2 scale) {
+#pragma unroll
+    for (int j = 0; j < kFragments; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        sum_[j][i] = fmaf(i < 2 ? scale.x : scale.y, static_cast<float>(partial_[j][i]), sum_[j][i]);
+        partial_[j][i] = 0;
+      }
+    }
+  }
+
+  int partial_[kFragments][4] = {};
+  float sum_[kFloat ? kFragments : 1][4] = {};
+};
+
+}  // namespace fptq::cuda
+
+#endif  // FPTQ_CUDA_MMA_SUMS_CUH_

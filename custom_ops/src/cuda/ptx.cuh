@@ -1,0 +1,171 @@
+// Thin wrappers of the PTX instructions that the kernels use.
+#ifndef FPTQ_CUDA_PTX_CUH_
+#define FPTQ_CUDA_PTX_CUH_
+
+#include <cuda.h>  // CUtensorMap; types only, the driver is never linked
+
+#include <cstdint>
+
+namespace fptq::cuda::ptx {
+
+__device__ __forceinline__ uint32_t SharedAddress(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// ---- tensor cores, warp level -------------------------------------------------------------------------------------
+
+/// d += a (16 x 32, int8) * b (32 x 8, int8).
+__device__ __forceinline__ void MmaS8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void LoadMatrices(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+// ---- asynchronous copies of sm_80 ---------------------------------------------------------------------------------
+
+/// 16 bytes to shared memory; those from `valid` (0..16) on become zero.
+__device__ __forceinline__ void CopyAsync16(uint32_t shared, const void* global, int valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid) : "memory");
+}
+__device__ __forceinline__ void CopyAsyncCommit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void CopyAsyncWait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// ---- mbarriers, sm_90 ------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void BarrierInit(uint64_t* barrier, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(SharedAddress(barrier)), "r"(count) : "memory");
+}
+/// Makes initialised barriers visible to the copy engine and to the cluster.
+__device__ __forceinline__ void BarrierInitFence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+__device__ __forceinline__ void BarrierArrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(SharedAddress(barrier)) : "memory");
+}
+__device__ __forceinline__ void BarrierArriveExpect(uint64_t* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(SharedAddress(barrier)), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void BarrierWait(uint64_t* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "WAIT:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra DONE;\n"
+      "bra WAIT;\n"
+      "DONE:\n"
+      "}" ::"r"(SharedAddress(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// ---- bulk copies --------------------------------------------------------------------------------------------------
+
+/// Cache policy for bytes that are read once.
+__device__ __forceinline__ uint64_t EvictFirstPolicy() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+/// Cache policy for bytes that other CTAs read soon.
+__device__ __forceinline__ uint64_t EvictLastPolicy() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+/// `bytes` contiguous bytes (multiple of 16, aligned to 16) to shared memory, counted by `barrier`.
+__device__ __forceinline__ void BulkCopy(void* shared, const void* global, uint32_t bytes, uint64_t* barrier,
+                                         uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+          SharedAddress(shared)),
+      "l"(global), "r"(bytes), "r"(SharedAddress(barrier)), "l"(policy)
+      : "memory");
+}
+/// The box at (x, y) of a two-dimensional tensor map; the part outside the tensor arrives as zeros and is counted.
+__device__ __forceinline__ void BulkCopyTile(void* shared, const CUtensorMap* map, int x, int y, uint64_t* barrier,
+                                             uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(SharedAddress(shared)),
+      "l"(map), "r"(x), "r"(y), "r"(SharedAddress(barrier)), "l"(policy)
+      : "memory");
+}
+__device__ __forceinline__ void PrefetchLine(const void* global) {
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(global));
+}
+__device__ __forceinline__ void PrefetchTensorMap(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// ---- clusters -----------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ uint32_t ClusterRank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+__device__ __forceinline__ void ClusterArrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+/// Without ordering memory: for barriers that BarrierInitFence has made visible.
+__device__ __forceinline__ void ClusterArriveRelaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void ClusterWait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+/// Two words from the same place in the shared memory of CTA `rank` of the cluster.
+__device__ __forceinline__ uint2 LoadCluster(uint32_t shared, uint32_t rank) {
+  uint2 value;
+  asm volatile(
+      "{\n"
+      ".reg .u32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %2, %3;\n"
+      "ld.shared::cluster.v2.u32 {%0, %1}, [remote];\n"
+      "}"
+      : "=r"(value.x), "=r"(value.y)
+      : "r"(shared), "r"(rank)
+      : "memory");
+  return value;
+}
+/// Two words to the shared memory of CTA `rank`, counted there by the barrier at the same place as `barrier` here.
+__device__ __forceinline__ void StoreClusterAsync(uint32_t shared, uint2 value, uint64_t* barrier, uint32_t rank) {
+  asm volatile(
+      "{\n"
+      ".reg .u32 remote, counted;\n"
+      "mapa.shared::cluster.u32 remote, %0, %4;\n"
+      "mapa.shared::cluster.u32 counted, %3, %4;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [remote], {%1, %2}, [counted];\n"
+      "}" ::"r"(shared),
+      "r"(value.x), "r"(value.y), "r"(SharedAddress(barrier)), "r"(rank)
+      : "memory");
+}
+
+// ---- programmatic dependent launch --------------------------------------------------------------------------------
+
+/// Until here a kernel may only touch constants: the kernels before it may still run.
+__device__ __forceinline__ void WaitForPredecessors() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+/// The next kernel may be scheduled as soon as there is room.
+__device__ __forceinline__ void AllowSuccessors() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+}  // namespace fptq::cuda::ptx
+
+#endif  // FPTQ_CUDA_PTX_CUH_

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Norm", "find_norms", "is_normalized"]
+__all__ = ["Norm", "find_norms", "normalized_input"]
 
 import dataclasses
 from typing import Literal
@@ -61,19 +61,19 @@ def find_norms(model: ir.Model) -> list[Norm]:
     return norms
 
 
-def is_normalized(value: ir.Value) -> ir.Value | None:
-    """Return x when a value is x over its root mean square or standard deviation, computed by small operators.
+def normalized_input(value: ir.Value) -> ir.Value | None:
+    """Return x when a value is x over its root mean square, computed by small operators; None for any other value.
 
-    Accepts x * r and x / d where r and d come from ReduceMean over the squares of x (Pow or Mul) through Add, Sqrt,
-    Reciprocal and Cast.
+    Accepts x * r and x / d where r and d come from ReduceMean over the squares of x (Pow or Mul) through Add, Sqrt or
+    Pow, Reciprocal or Div, and Cast.
     """
     node = _producer(value)
     if node is None or node.op_type not in ("Mul", "Div") or len(node.inputs) != 2:
         return None
-    sides = ((0, 1), (1, 0)) if node.op_type == "Mul" else ((0, 1),)
-    for data, scale in sides:
+    for data in (0, 1) if node.op_type == "Mul" else (0,):
         x = node.inputs[data]
-        if x is not None and _is_root_of_mean_square(node.inputs[scale], x):
+        exponent = -0.5 if node.op_type == "Mul" else 0.5
+        if x is not None and _is_power_of_mean_square(node.inputs[1 - data], x, exponent):
             return x
     return None
 
@@ -106,7 +106,7 @@ def _exploded(node: ir.Node) -> Norm | None:
         if weight is None or len(constant_shape(*weight)) != 1:
             continue
         normalized = _through_cast(node.inputs[1 - side])
-        x = None if normalized is None else is_normalized(normalized)
+        x = None if normalized is None else normalized_input(normalized)
         if x is None:
             return None
         x, centred = _uncentred(_through_cast(x) or x)
@@ -137,28 +137,38 @@ def _uncentred(x: ir.Value) -> tuple[ir.Value, bool]:
     return x, False
 
 
-def _is_root_of_mean_square(value: ir.Value | None, x: ir.Value) -> bool:
-    """Whether a value is sqrt(mean(x^2) + epsilon) or its reciprocal."""
-    rooted = False
+def _is_power_of_mean_square(value: ir.Value | None, x: ir.Value, wanted: float) -> bool:
+    """Whether a value is (mean(x^2) + epsilon) to the power ``wanted``."""
+    power = 1.0
     for _ in range(8):
         node = None if value is None else _producer(value)
         if node is None or not node.inputs or node.inputs[0] is None:
             return False
-        if node.op_type in ("Sqrt", "Pow"):
-            rooted = True
-            value = node.inputs[0]
-        elif node.op_type in ("Cast", "Reciprocal", "Identity"):
-            value = node.inputs[0]
-        elif node.op_type in ("Add", "Div"):  # epsilon; 1 / root
-            constant = [constant_array(operand) is not None for operand in node.inputs]
-            if sum(constant) != 1:
-                return False
-            value = node.inputs[constant.index(False)]
+        value = node.inputs[0]
+        if node.op_type == "Sqrt":
+            power *= 0.5
+        elif node.op_type == "Reciprocal":
+            power *= -1.0
+        elif node.op_type == "Pow":
+            power *= _scalar(node.inputs[1]) or 0.0
+        elif node.op_type == "Div" and _scalar(value) == 1.0:
+            power *= -1.0
+            value = node.inputs[1]
+        elif node.op_type == "Add" and _scalar(value) is not None:  # epsilon
+            value = node.inputs[1]
         elif node.op_type == "ReduceMean":
-            return rooted and _is_square(node.inputs[0], x)
-        else:
+            return power == wanted and _is_square(value, x)
+        elif node.op_type not in ("Cast", "Identity") and not (
+            node.op_type == "Add" and _scalar(node.inputs[1]) is not None
+        ):
             return False
     return False
+
+
+def _scalar(value: ir.Value | None) -> float | None:
+    """The number a constant of one element holds."""
+    array = constant_array(value)
+    return float(array.reshape(-1)[0]) if array is not None and array.size == 1 else None
 
 
 def _is_square(value: ir.Value, x: ir.Value) -> bool:
@@ -167,8 +177,7 @@ def _is_square(value: ir.Value, x: ir.Value) -> bool:
         return False
     same = _through_cast(node.inputs[0]) is _through_cast(x)
     if node.op_type == "Pow":
-        exponent = constant_array(node.inputs[1])
-        return same and exponent is not None and exponent.size == 1 and float(exponent.reshape(-1)[0]) == 2.0
+        return same and _scalar(node.inputs[1]) == 2.0
     return same and node.op_type == "Mul" and _through_cast(node.inputs[1]) is _through_cast(x)
 
 

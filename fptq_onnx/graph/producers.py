@@ -21,7 +21,7 @@ from fptq_onnx.graph.activation_groups import ActivationGroup
 from fptq_onnx.graph.channels import Layout, LayoutError, channels_of_last, follow, start
 from fptq_onnx.graph.constants import constant_array, constant_shape, root_initializer
 from fptq_onnx.graph.linears import LinearLayer, LinearSearch
-from fptq_onnx.graph.norms import FUSED_NORMS, is_normalized
+from fptq_onnx.graph.norms import FUSED_NORMS, normalized_input
 from fptq_onnx.graph.trails import Trail, check_readers, find_trails
 
 
@@ -151,7 +151,7 @@ def _scales_a_norm(node: ir.Node) -> bool:
     data = node.inputs[1 - _norm_weight_index(node)]
     while data is not None and (producer := data.producer()) is not None and producer.op_type == "Cast":
         data = producer.inputs[0]
-    return data is not None and is_normalized(data) is not None
+    return data is not None and normalized_input(data) is not None
 
 
 def _norm_width(node: ir.Node) -> int:

@@ -7,7 +7,9 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from fptq_onnx.errors import CalibrationError, RuntimeUnavailableError
@@ -63,7 +65,7 @@ def memory_session(
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
     weights = _detach_weights(copy, folder, onnxruntime)
     if weights:
-        options.add_external_initializers(list(weights), list(weights.values()))
+        options.add_external_initializers(list(weights), [borrowed for borrowed, _ in weights.values()])
     logger.debug("session with %d weights by reference, external data in %s", len(weights), folder)
     try:
         session = onnxruntime.InferenceSession(
@@ -73,7 +75,7 @@ def memory_session(
         raise CalibrationError(
             "the model", f"cannot be loaded by onnxruntime: {error}", "Check it with onnx.checker"
         ) from error
-    session.fptq_weights = weights  # the session only borrows them
+    session.fptq_weights = weights  # borrowed by the session, so they must live as long
     return session
 
 
@@ -87,26 +89,30 @@ def _common_folder(model: ir.Model) -> str | None:
     return folders.pop() if len(folders) == 1 else None
 
 
-def _detach_weights(model: ir.Model, folder: str | None, onnxruntime: Any) -> dict[str, Any]:
-    """Replace large weights by references to nowhere and return their contents as OrtValues by name."""
+def _detach_weights(model: ir.Model, folder: str | None, onnxruntime: Any) -> dict[str, tuple[Any, Any]]:
+    """Replace large weights by references to nowhere; return their OrtValues, and the arrays these borrow, by name."""
     weights = {}
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
-        if tensor is None or tensor.nbytes <= _INLINE_BYTES:
-            continue
-        if isinstance(tensor, ir.ExternalTensor) and folder is not None:
+        external = isinstance(tensor, ir.ExternalTensor)
+        if tensor is None or (external and folder is not None) or (not external and tensor.nbytes <= _INLINE_BYTES):
             continue
         array = np.ascontiguousarray(tensor.numpy())
-        if tensor.dtype == ir.DataType.BFLOAT16:
-            weights[name] = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(
-                array.view(np.uint16), int(tensor.dtype)
-            )
-        elif array.dtype.kind in "biuf":
-            weights[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
-        else:  # int4 and float8: numpy has no such type to hand over, so they go into the serialized graph
+        if tensor.nbytes <= _INLINE_BYTES or not _can_be_handed_over(array):
             value.const_value = ir.Tensor(array, dtype=tensor.dtype, name=name)
             continue
+        if tensor.dtype == ir.DataType.BFLOAT16:
+            array = array.view(np.uint16)
+            borrowed = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, int(tensor.dtype))
+        else:
+            borrowed = onnxruntime.OrtValue.ortvalue_from_numpy(array)
+        weights[name] = (borrowed, array)
         value.const_value = ir.ExternalTensor(
             "in-memory", 0, tensor.nbytes, dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name
         )
     return weights
+
+
+def _can_be_handed_over(array: npt.NDArray[Any]) -> bool:
+    """Whether onnxruntime takes arrays of this type; int4 and float8 can only be part of the serialized graph."""
+    return array.dtype.kind in "biuf" or array.dtype == ml_dtypes.bfloat16

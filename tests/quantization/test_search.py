@@ -1,0 +1,95 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from fptq_onnx.quantization.metrics import relative_mse
+from fptq_onnx.quantization.policy import Scheme
+from fptq_onnx.quantization.search import ALPHAS, quantize_per_token, quantize_static, search_scheme
+
+values = hnp.arrays(np.float32, (4, 6), elements=st.floats(-1000, 1000, width=32))
+
+
+@given(values)
+def test_per_token_errs_by_half_a_step_of_its_own_token(x):
+    error = np.abs(quantize_per_token(x) - x)
+    assert (error <= np.abs(x).max(axis=1, keepdims=True) / 127 * 0.5001).all()
+
+
+@given(values)
+def test_static_errs_by_half_a_step_inside_and_clips_outside(x):
+    kept = quantize_static(x, -127, 127)
+    inside = np.abs(x) <= 127
+    assert (np.abs(kept - x)[inside] <= 0.5001).all()
+    assert ((kept >= -128) & (kept <= 127)).all()
+    positive = quantize_static(np.abs(x), 0, 255, symmetric=False)
+    np.testing.assert_array_equal(positive, np.clip(np.rint(np.abs(x)), 0, 255))
+
+
+def search(x, weights, **kwargs):
+    defaults = {"group_size": 32, "grid": "signed8"}
+    return search_scheme(x, weights, x.min(axis=0), x.max(axis=0), **(defaults | kwargs))
+
+
+def activations(kind, tokens=200, k=64):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((tokens, k)).astype(np.float32)
+    if kind == "outlier channels":
+        x[:, ::16] *= 60
+    if kind == "sink token":
+        x[0] *= 1000
+    return x
+
+
+WEIGHTS = [np.random.default_rng(i).standard_normal((64, n)).astype(np.float32) for i, n in enumerate((16, 8))]
+
+
+def test_even_channels_are_plain_static():
+    x = np.random.default_rng(0).uniform(-1, 1, (200, 64)).astype(np.float32)
+    x[0] = 1
+    even = np.random.default_rng(1).choice([-1.0, 1.0], (64, 16)).astype(np.float32)
+    chosen = search(x, [even]).chosen
+    assert chosen.scheme is Scheme.STATIC and chosen.scale is None
+
+
+def test_outlier_channels_are_equalized():
+    result = search(activations("outlier channels"), [w * np.float32(0.05) for w in WEIGHTS], tolerance=1.0)
+    assert result.chosen.scheme is Scheme.EQUALIZED_STATIC
+    plain = next(c for c in result.candidates if c.scheme is Scheme.STATIC)
+    assert result.chosen.error < plain.error
+    assert str(result.chosen.scheme) in result.reason
+
+
+def test_a_sink_token_needs_its_own_scale():
+    x = activations("sink token")
+    # the sink dominates any sum of squares, so judge the other tokens
+    result = search_scheme(x[1:], WEIGHTS, x.min(axis=0), x.max(axis=0), group_size=32, grid="signed8")
+    assert result.chosen.scheme is Scheme.PER_TOKEN
+
+
+def test_every_candidate_is_there_and_ordered():
+    result = search(activations("outlier channels"), WEIGHTS)
+    assert len(result.candidates) == 3 + len(ALPHAS)
+    errors = [c.error for c in result.candidates[1:]]
+    assert errors == sorted(errors)
+    tolerant = search(activations("sink token"), WEIGHTS, tolerance=1e9)
+    assert tolerant.chosen.scheme.is_static
+
+
+def test_the_error_is_that_of_the_quantized_layers():
+    x = activations("gaussian")
+    result = search(x, WEIGHTS[:1], group_size=64, grid="absmax7")
+    plain = next(c for c in result.candidates if c.scheme is Scheme.STATIC)
+    w = WEIGHTS[0]
+    step = np.abs(w).max(axis=0) / np.float32(7)
+    seen = quantize_static(x, float(x.min()), float(x.max()))
+    assert plain.error == pytest.approx(relative_mse(x @ w, seen @ (np.rint(w / step) * step)), rel=1e-4)
+
+
+def test_scales_are_tied_where_the_producer_asks_for_it():
+    channel_map = np.tile(np.arange(32), 2)
+    result = search(activations("outlier channels"), WEIGHTS, channel_map=channel_map)
+    for candidate in result.candidates:
+        if candidate.scale is not None:
+            np.testing.assert_array_equal(candidate.scale[:32], candidate.scale[32:])

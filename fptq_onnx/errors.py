@@ -51,4 +51,13 @@ class NothingQuantizedError(FptqError):
 
 
 class VerificationError(FptqError):
-    """The converted model loads but differs from the float model by more than allowed."""
+    """A written model loads but differs from the model it was made from by more than allowed.
+
+    Attributes:
+        report: The report of the conversion, for callers who want the figures; None from an export.
+    """
+
+    def __init__(self, where: str, reason: str, fix: str, report: object | None = None) -> None:
+        """Keep the report beside the message."""
+        super().__init__(where, reason, fix)
+        self.report = report

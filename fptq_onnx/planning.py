@@ -16,7 +16,7 @@ from fptq_onnx.quantization.policy import Decision, Scheme, decide
 from fptq_onnx.quantization.statistics import ActivationStatistics
 from fptq_onnx.recipe import Recipe
 
-__all__ = ["GroupDecision", "decide_groups", "make_plan", "participating", "plan_layers"]
+__all__ = ["GroupDecision", "decide_groups", "make_plan", "observed_groups"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,9 +33,11 @@ class GroupDecision:
         return self.group.activation.name
 
 
-def participating(layer: LinearLayer, recipe: Recipe) -> bool:
-    """Whether the recipe lets `layer` be quantized."""
-    return recipe.layers.why_left_out(layer.label, layer.name, layer.role) is None
+def observed_groups(
+    groups: Sequence[ActivationGroup], recipe: Recipe, edited: Plan | None = None
+) -> list[ActivationGroup]:
+    """Return the groups with at least one layer to quantize: those whose activation has to be calibrated."""
+    return [group for group in groups if _participants(group, recipe, edited)]
 
 
 def decide_groups(
@@ -58,19 +60,15 @@ def decide_groups(
     settings = recipe.policy()
     decisions = []
     for group in groups:
-        wanted = settings
-        if edited is None:
-            layers = [layer for layer in group.layers if participating(layer, recipe)]
-        else:
-            entries = [edited[layer.label] for layer in group.layers]
-            chosen = next((entry for entry in entries if entry.scheme is not Scheme.FLOAT), None)
-            layers = [layer for layer, entry in zip(group.layers, entries, strict=True) if entry.is_quantized]
-            if chosen is not None:
-                wanted = dataclasses.replace(settings, scheme=chosen.scheme)
-                if chosen.scheme is Scheme.EQUALIZED_STATIC:
-                    wanted = dataclasses.replace(wanted, equalization=chosen.equalization)
+        layers = _participants(group, recipe, edited)
         if not layers:
             continue
+        wanted = settings
+        if edited is not None:
+            entry = edited[layers[0].label]
+            wanted = dataclasses.replace(settings, scheme=entry.scheme)
+            if entry.scheme is Scheme.EQUALIZED_STATIC:
+                wanted = dataclasses.replace(wanted, equalization=entry.equalization)
         assert group.activation.name is not None
         seen = statistics[group.activation.name]
         weights = _weight_absmax(layers) if wanted.equalization == "smoothquant" else None
@@ -86,9 +84,12 @@ def make_plan(layers: Sequence[LinearLayer], decisions: Sequence[GroupDecision],
     return Plan(tuple(_entry(layer, by_layer.get(layer.name), recipe) for layer in layers), recipe.resolved())
 
 
-def plan_layers(plan: Plan) -> dict[str, LayerPlan]:
-    """Return the entries of `plan` by node name."""
-    return {entry.name: entry for entry in plan.layers}
+def _participants(group: ActivationGroup, recipe: Recipe, edited: Plan | None) -> list[LinearLayer]:
+    """Layers of `group` that are quantized: as the plan says, without one as the recipe allows."""
+    if edited is not None:
+        quantized = {entry.label for entry in edited.layers if entry.is_quantized}
+        return [layer for layer in group.layers if layer.label in quantized]
+    return [layer for layer in group.layers if recipe.layers.why_left_out(layer.label, layer.name, layer.role) is None]
 
 
 def _entry(layer: LinearLayer, decided: GroupDecision | None, recipe: Recipe) -> LayerPlan:

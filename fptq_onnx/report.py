@@ -47,7 +47,7 @@ class LayerReport:
         scheme: `static`, `equalized-static`, `per-token` or `float`.
         equalization: Where the equalization scale went: `norm <initializer>`, `linear <layer>`, `mul`, or `none`.
         weight_method: Grid and group of the int4 weight, or `float`.
-        snr_db: Signal-to-noise ratio of the layer's output against the float model, both run whole; None if not verified.
+        snr_db: Signal-to-noise ratio of the layer's output, both models run whole; None if not verified.
         bytes_before: Bytes of the float weight.
         bytes_after: Bytes of what replaced it (integers and scales).
         reason: Why this scheme, in words.
@@ -194,7 +194,9 @@ def show(report: Report, console: Console) -> None:
         )
     console.print(table)
     counts = ", ".join(f"{count} {scheme}" for scheme, count in report.schemes().items())
-    console.print(f"{len(report.layers)} linear layers: {counts}; {len(report.skipped)} other MatMul/Gemm nodes left alone")
+    console.print(
+        f"{len(report.layers)} linear layers: {counts}; {len(report.skipped)} other MatMul/Gemm nodes left alone"
+    )
     if report.bytes_after is not None:
         ratio = report.bytes_after / report.bytes_before
         console.print(f"{report.bytes_before / 1e6:.1f} MB -> {report.bytes_after / 1e6:.1f} MB ({ratio:.0%})")

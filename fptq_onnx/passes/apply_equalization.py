@@ -1,4 +1,4 @@
-"""Divide activations by per-channel scales and multiply the weights that read them: the model stays the same function."""
+"""Divide activations by scales per channel and multiply the weights that read them: the function stays the same."""
 
 from __future__ import annotations
 
@@ -142,5 +142,5 @@ def _insert_mul(group: ActivationGroup, scale: Float32) -> str:
 
 
 def _drop_if_unused(graph: ir.Graph, value: ir.Value) -> None:
-    if value.name in graph.initializers and not value.uses() and not value.is_graph_output():
+    if value.name is not None and value.name in graph.initializers and not value.uses() and not value.is_graph_output():
         del graph.initializers[value.name]

@@ -29,7 +29,9 @@ def unique_value_name(graph: ir.Graph, wanted: str) -> str:
 
 
 def _register(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    value = ir.Value(
+        name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
     graph.register_initializer(value)
     return value
 
@@ -57,7 +59,7 @@ def add_lazy_constant(
     """Add an initializer whose data are computed each time they are read, so that no float copy stays in memory."""
     name = unique_value_name(graph, name)
 
-    def evaluate() -> ir.Tensor:
+    def evaluate() -> ir.TensorProtocol:
         return ir.Tensor(np.ascontiguousarray(compute(), dtype=dtype.numpy()), dtype=dtype, name=name)
 
     return _register(graph, name, ir.LazyTensor(evaluate, dtype=dtype, shape=ir.Shape(shape), name=name))
@@ -73,7 +75,7 @@ def cast(value: ir.Value, to: ir.DataType, name: str) -> ir.Node:
 
 
 def replace_node(old: ir.Node, new: Sequence[ir.Node]) -> None:
-    """Put `new` where `old` is; the last output of `new` takes over the name, type, shape and readers of `old`'s output."""
+    """Put `new` where `old` is; the output of its last node takes over name, type, shape and readers of `old`'s."""
     graph = old.graph
     if not isinstance(graph, ir.Graph):
         raise ValueError(f"node {old.name} is in no graph")

@@ -122,7 +122,7 @@ class ReplaceLinearsPass(ir.passes.InPlacePass, abc.ABC):
         return self._dequantized[quantizer]
 
     def finish(self, layer: LinearLayer, matmul: ir.Node) -> None:
-        """Put `matmul` in the place of the layer's node; a Gemm's bias becomes an Add (the op has no optional inputs)."""
+        """Put `matmul` in the place of the layer's node; a Gemm's bias becomes an Add, as ops take no optional inputs."""
         if layer.bias is None or layer.bias_node is not None:
             replace_node(layer.node, [matmul])
             return
@@ -180,7 +180,7 @@ def _insert_per_token(layer: LinearLayer) -> QuantizedActivation:
 
 
 def _insert_dequantize(layer: LinearLayer, quantized: QuantizedActivation) -> ir.Value:
-    """x = (q - zero_point) * scale, in float32 and then back to the layer's type; scale may be [..., 1]."""
+    """Compute (q - zero_point) * scale in float32 and cast it to the layer's type; scale may be [..., 1]."""
     graph, name = _graph_of(layer), layer.activation.name
     integers = cast(quantized.data, ir.DataType.FLOAT, f"{name}.integers")
     zero = cast(quantized.zero_point, ir.DataType.FLOAT, f"{name}.zero")

@@ -35,7 +35,9 @@ class ToMatMulNBitsPass(ReplaceLinearsPass):
         Raises:
             RecipeError: The block size is not a power of two of at least 16, which the operator demands.
         """
-        block = weight.block_size
+        k, n = weight.q.shape
+        # One group over all of K has the same values in any larger block.
+        block = weight.block_size if weight.scale.shape[0] > 1 else max(SMALLEST_BLOCK, 1 << (k - 1).bit_length())
         if block < SMALLEST_BLOCK or block & (block - 1):
             raise RecipeError(
                 f"layer {layer.name}",
@@ -44,7 +46,6 @@ class ToMatMulNBitsPass(ReplaceLinearsPass):
             )
         graph = layer.node.graph
         assert isinstance(graph, ir.Graph)
-        k, n = weight.q.shape
         blocks = -(-k // block)
         unsigned = np.full((n, blocks * block), 8, dtype=np.uint8)
         unsigned[:, :k] = (weight.q.T + 8).astype(np.uint8)

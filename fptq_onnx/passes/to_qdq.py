@@ -1,4 +1,4 @@
-"""Linear layers -> the same arithmetic simulated in standard operators, for tools and runtimes without the op library."""
+"""Linear layers -> the same arithmetic simulated in standard operators, for tools that know nothing else."""
 
 from __future__ import annotations
 

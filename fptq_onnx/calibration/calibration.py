@@ -1,0 +1,128 @@
+"""The calibration of one conversion: opens the data, observes a model as often as asked, keeps a sample for later."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from fptq_onnx.calibration.data import CalibrationData, calibration_data
+from fptq_onnx.calibration.runner import calibrate
+from fptq_onnx.calibration.tokens import find_tokenizer
+from fptq_onnx.errors import CalibrationError
+from fptq_onnx.graph.feeds import describe_inputs
+from fptq_onnx.progress import Progress
+from fptq_onnx.quantization.statistics import ActivationStatistics
+from fptq_onnx.recipe import Recipe
+
+__all__ = ["Batch", "Calibration"]
+
+logger = logging.getLogger(__name__)
+
+Batch = Mapping[str, npt.NDArray[Any]]
+
+SHORTEST_WINDOW = 16
+
+
+class Calibration:
+    """Data and settings of one conversion.
+
+    Args:
+        source: What `calibration_data` opens: a text or .npz path, a reader, an iterable of feeds, or None.
+        model_path: Where the model came from; a tokenizer.json beside it reads a text.
+        tokenizer: Another tokenizer.
+        recipe: Windows, length, seed, and the leading tokens to leave out.
+        sample_tokens: Tokens to keep for the verification.
+        providers: Execution providers.
+        progress: Told of each batch.
+
+    Attributes:
+        data: The data in use, once a model was observed.
+        sample: The first batches, as fed.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        model_path: Path,
+        tokenizer: str | os.PathLike[str] | None,
+        recipe: Recipe,
+        *,
+        sample_tokens: int,
+        providers: Sequence[str],
+        progress: Progress,
+    ) -> None:
+        """Open nothing yet."""
+        self._source = source
+        self._tokenizer = tokenizer or find_tokenizer(model_path)
+        self._recipe = recipe
+        self._sample_tokens = sample_tokens
+        self._providers = providers
+        self._progress = progress
+        self._length = recipe.calibration.length
+        self.data: CalibrationData | None = None
+        self.sample: list[Batch] = []
+
+    def observe(self, model: ir.Model, activations: Sequence[str]) -> dict[str, ActivationStatistics]:
+        """Statistics of activations by name; leading tokens are left out as the recipe says.
+
+        Windows of tokens are halved until the model takes them, because the number of its positions may be limited in
+        ways that its inputs do not show.
+
+        Raises:
+            CalibrationError: The data are missing, empty or do not fit the model.
+        """
+        while True:
+            try:
+                return self._observe(model, activations)
+            except CalibrationError as error:
+                tokens = self.data is not None and self.data.source in ("text", "random")
+                if not tokens or error.__cause__ is None or self._length < 2 * SHORTEST_WINDOW:
+                    raise
+                self._length //= 2
+                self.data, self.sample = None, []
+                logger.warning("the model refuses windows of %d tokens: trying %d", 2 * self._length, self._length)
+
+    def _observe(self, model: ir.Model, activations: Sequence[str]) -> dict[str, ActivationStatistics]:
+        if self.data is None:
+            self.data = calibration_data(
+                self._source,
+                describe_inputs(model),
+                tokenizer=self._tokenizer,
+                windows=self._recipe.calibration.windows,
+                length=self._length,
+                seed=self._recipe.calibration.seed,
+            )
+        observed = calibrate(
+            model,
+            activations,
+            _Tee(self.data, self.sample, self._sample_tokens if not self.sample else 0),
+            leading_tokens=self._recipe.activations.leading_tokens,
+            providers=self._providers,
+            progress=self._progress,
+        )
+        return {name: activation.rest for name, activation in observed.items()}
+
+
+class _Tee(Iterable[Batch]):
+    """Passes batches on and keeps the first of them."""
+
+    def __init__(self, data: CalibrationData, kept: list[Batch], tokens: int) -> None:
+        self._data, self._kept, self._tokens = data, kept, tokens
+
+    def __length_hint__(self) -> int:
+        return self._data.count or 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        missing = self._tokens
+        for batch in self._data:
+            if missing > 0:
+                self._kept.append(batch)
+                missing -= max(int(np.prod(array.shape[:2])) for array in batch.values())
+            yield batch

@@ -1,0 +1,293 @@
+"""The main job: a float ONNX transformer in, a verified W4A8 one and a report out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx_ir as ir
+import onnx_ir.passes.common
+
+from fptq_onnx.calibration.calibration import Calibration
+from fptq_onnx.errors import NothingQuantizedError, VerificationError
+from fptq_onnx.graph.activation_groups import ActivationGroup, group_by_activation
+from fptq_onnx.graph.linears import LinearLayer, LinearSearch, find_linears
+from fptq_onnx.graph.model_file import load_model, save_model
+from fptq_onnx.graph.opset import ensure_opset
+from fptq_onnx.passes.add_functions import AddFunctionsPass
+from fptq_onnx.passes.apply_equalization import AppliedScale
+from fptq_onnx.passes.replace_linears import LayerQuantization, ReplaceLinearsPass
+from fptq_onnx.passes.to_matmulnbits import ToMatMulNBitsPass
+from fptq_onnx.passes.to_qdq import ToQdqPass
+from fptq_onnx.passes.to_w4a8 import ToW4A8Pass
+from fptq_onnx.planning import GroupDecision, decide_groups, make_plan, observed_groups
+from fptq_onnx.progress import Progress, SilentProgress
+from fptq_onnx.quantization.plan import LayerPlan, Plan
+from fptq_onnx.quantizing import equalize, equalized_statistics, layer_quantization
+from fptq_onnx.recipe import Recipe
+from fptq_onnx.report import LayerReport, Report, SkippedReport, Stopwatch, peak_memory_bytes, versions
+from fptq_onnx.runtime import PROVIDERS, Provider
+from fptq_onnx.verification import compare_layers, compare_models
+
+__all__ = ["Format", "convert", "default_output"]
+
+logger = logging.getLogger(__name__)
+
+Format = Literal["custom", "matmulnbits", "qdq"]
+
+PASSES: dict[Format, type[ReplaceLinearsPass]] = {
+    "custom": ToW4A8Pass,
+    "matmulnbits": ToMatMulNBitsPass,
+    "qdq": ToQdqPass,
+}
+RECIPE_KEY = "fptq.recipe"
+
+
+def default_output(model: Path) -> Path:
+    """Return where `convert` writes by default: `model.onnx` -> `model.fptq.onnx`."""
+    return model.with_name(f"{model.stem}.fptq.onnx")
+
+
+def convert(
+    model: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    calibration: Any = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    recipe: Recipe | str | os.PathLike[str] = "paper",
+    output_format: Format = "custom",
+    exclude: Sequence[str] = (),
+    plan: Plan | str | os.PathLike[str] | None = None,
+    dry_run: bool = False,
+    verify_tokens: int = 2048,
+    max_kl: float | None = None,
+    provider: Provider = "cpu",
+    progress: Progress | None = None,
+) -> Report:
+    """Quantize a float ONNX transformer to int4 weights and int8 activations (FPTQ, arXiv 2308.15987).
+
+    The input file is never changed. The output appears whole or not at all; its report lies beside it.
+
+    Args:
+        model: The float model.
+        output: Where to write the quantized model; `model.fptq.onnx` beside the input by default.
+        calibration: A text file (needs a tokenizer), an .npz file of feeds, an onnxruntime CalibrationDataReader, an
+            iterable of feeds, or None for random tokens (data-free, FPTQ section 4).
+        tokenizer: tokenizer.json for a text; the one beside the model by default.
+        recipe: A Recipe, the name of one that comes with the package, or the path of a YAML file.
+        output_format: "custom" (this package's op with function bodies), "matmulnbits" (onnxruntime's int4 op with
+            float activations), "qdq" (the same rounding simulated in standard operators).
+        exclude: Regular expressions; layers whose label or node name they match stay float, on top of the recipe's.
+        plan: An edited plan (or its path) whose decisions replace the policy's.
+        dry_run: Calibrate and plan only; write `<output>.plan.json` and no model.
+        verify_tokens: Tokens of the calibration data to compare the saved model with the float one on; 0 skips it.
+        max_kl: Largest mean KL divergence in nats per token; overrides the recipe's.
+        provider: Where calibration and verification run.
+        progress: Told of the stages.
+
+    Returns:
+        The report, as written to `<output stem>.json`.
+
+    Raises:
+        ModelError: The model is broken or cannot be handled.
+        RecipeError: The recipe or plan does not fit.
+        CalibrationError: The data do not fit the model.
+        NothingQuantizedError: No layer was quantized; nothing was written.
+        VerificationError: The result was written but misses `max_kl`; `error.report` holds the report.
+        RuntimeUnavailableError: onnxruntime, the provider or the op library is missing.
+    """
+    source = Path(model)
+    target = Path(output) if output is not None else default_output(source)
+    settings = recipe if isinstance(recipe, Recipe) else Recipe.load(os.fspath(recipe))
+    if exclude:
+        settings = settings.with_overrides({"layers.exclude": [*settings.layers.exclude, *exclude]})
+    edited = plan if isinstance(plan, Plan) or plan is None else Plan.load(os.fspath(plan))
+    watch, progress = Stopwatch(), progress or SilentProgress()
+    data = Calibration(
+        calibration,
+        source,
+        tokenizer,
+        settings,
+        sample_tokens=verify_tokens,
+        providers=PROVIDERS[provider],
+        progress=progress,
+    )
+
+    with watch.stage("load"):
+        graph = _Graph.load(source)
+    with watch.stage("calibrate"):
+        groups = observed_groups(graph.groups, settings, edited)
+        statistics = data.observe(graph.model, [str(group.activation.name) for group in groups])
+    with watch.stage("plan"):
+        decisions = decide_groups(groups, statistics, settings, edited)
+        made = make_plan(graph.linears.layers, decisions, settings)
+        if edited is not None:
+            edited.fit(made)
+            made = dataclasses.replace(edited, recipe=made.recipe)
+        entries = {entry.name: entry for entry in made.layers}
+        report = _start_report(source, None if dry_run else target, output_format, graph, entries, settings, data)
+    if not any(entry.is_quantized for entry in made.layers):
+        raise NothingQuantizedError(str(source), _why_nothing(made), "Change include and exclude, or the plan")
+    if dry_run:
+        target.with_suffix(".plan.json").write_text(made.to_json(), encoding="utf-8")
+        return _finish(report, watch)
+
+    with watch.stage("equalize"):
+        applied = equalize(graph.model, decisions)
+        statistics = equalized_statistics(graph.model, statistics, applied, settings, data.observe)
+        equalized = graph.model.clone()
+    with watch.stage("quantize"):
+        quantization = layer_quantization(decisions, entries, statistics, settings)
+        _rewrite(graph.model, quantization, output_format, progress)
+        graph.model.metadata_props[RECIPE_KEY] = json.dumps(settings.resolved())
+        _complete_layers(report, graph.model, applied, decisions)
+    with watch.stage("save"):
+        report.bytes_after = _bytes(graph.model)
+        save_model(graph.model, target)
+    if verify_tokens:
+        with watch.stage("verify"):
+            limit = max_kl if max_kl is not None else settings.verification.max_kl
+            report.verification = compare_models(
+                source, target, data.sample, data=report.calibration, max_kl=limit, provider=provider, progress=progress
+            )
+            noise = compare_layers(equalized, target, data.sample, provider=provider, progress=progress)
+            for layer in report.layers:
+                layer.snr_db = noise[layer.name]
+    _finish(report, watch).save(target.with_suffix(".json"))
+    if report.verification is not None and not report.verification.passed:
+        raise VerificationError(
+            str(target),
+            f"mean KL {report.verification.kl_mean:.4f} is over the allowed {report.verification.max_kl}",
+            "Keep more layers float, use a more accurate recipe, or raise --max-kl",
+            report,
+        )
+    return report
+
+
+@dataclass(frozen=True, eq=False)
+class _Graph:
+    """A loaded model and what is in it."""
+
+    model: ir.Model
+    linears: LinearSearch
+    groups: list[ActivationGroup]
+
+    @classmethod
+    def load(cls, path: Path) -> _Graph:
+        model = load_model(path)
+        ensure_opset(model)
+        linears = find_linears(model)
+        if not linears.layers:
+            reasons = "; ".join(f"{skipped.node_name}: {skipped.reason}" for skipped in linears.skipped[:3])
+            raise NothingQuantizedError(
+                str(path),
+                f"it has no linear layer with a constant weight{f' ({reasons})' if reasons else ''}",
+                "Convert the float model, exported with its weights",
+            )
+        return cls(model, linears, group_by_activation(linears.layers))
+
+
+def _start_report(
+    source: Path,
+    target: Path | None,
+    output_format: Format,
+    graph: _Graph,
+    entries: Mapping[str, LayerPlan],
+    settings: Recipe,
+    calibration: Calibration,
+) -> Report:
+    data = calibration.data
+    return Report(
+        model=str(source),
+        output=None if target is None else str(target),
+        format=output_format,
+        calibration="none: no activation had to be observed" if data is None else data.description,
+        data_free=data is not None and data.source == "random",
+        recipe=settings.resolved(),
+        layers=[_layer_report(layer, entries[layer.name]) for layer in graph.linears.layers],
+        skipped=[SkippedReport(*skipped) for skipped in graph.linears.skipped],
+        bytes_before=_bytes(graph.model),
+        bytes_after=None,
+        versions=versions(),
+    )
+
+
+def _finish(report: Report, watch: Stopwatch) -> Report:
+    report.seconds = watch.seconds
+    report.peak_memory_bytes = peak_memory_bytes()
+    return report
+
+
+def _rewrite(
+    model: ir.Model, quantization: Mapping[str, LayerQuantization], output_format: Format, progress: Progress
+) -> None:
+    with progress.stage("Quantizing", len(quantization)) as advance:
+        PASSES[output_format](quantization, on_layer=lambda name: advance(1))(model)
+    AddFunctionsPass()(model)
+    if output_format == "qdq":
+        onnx_ir.passes.common.InlinePass()(model)
+    onnx_ir.passes.common.RemoveUnusedNodesPass()(model)
+
+
+def _layer_report(layer: LinearLayer, entry: LayerPlan) -> LayerReport:
+    assert layer.weight.dtype is not None
+    size = int(layer.k * layer.n * layer.weight.dtype.itemsize)
+    return LayerReport(
+        name=layer.name,
+        label=layer.label,
+        role=str(layer.role),
+        k=layer.k,
+        n=layer.n,
+        range=entry.activation_range,
+        scheme=str(entry.scheme),
+        equalization="none",
+        weight_method="float" if entry.weight_method == "float" else f"{entry.weight_method} g{entry.group_size}",
+        snr_db=None,
+        bytes_before=size,
+        bytes_after=size,
+        reason=entry.reason,
+    )
+
+
+def _complete_layers(
+    report: Report, model: ir.Model, applied: Mapping[str, AppliedScale], decisions: Sequence[GroupDecision]
+) -> None:
+    """Fill in what is known only after the rewrite: where the scales went and the new sizes."""
+    scales = {layer.name: applied.get(decided.name) for decided in decisions for layer in decided.group.layers}
+    nodes = {node.name: node for node in model.graph}
+    for layer in report.layers:
+        scale = scales.get(layer.name)
+        if scale is not None:
+            layer.equalization = f"{scale.kind}: {scale.reason}"
+        if layer.weight_method != "float":
+            layer.bytes_after = _constant_bytes(nodes[layer.name])
+
+
+def _constant_bytes(node: ir.Node) -> int:
+    """Bytes of the matrices behind a node, also through the DequantizeLinear of the format qdq."""
+    total = 0
+    for value in node.inputs:
+        producer = None if value is None else value.producer()
+        if value is not None and value.const_value is not None:
+            total += int(value.const_value.nbytes)
+        elif producer is not None and producer.op_type == "DequantizeLinear":
+            total += _constant_bytes(producer)
+    return total
+
+
+def _bytes(model: ir.Model) -> int:
+    return sum(int(v.const_value.nbytes) for v in model.graph.initializers.values() if v.const_value is not None)
+
+
+def _why_nothing(plan: Plan) -> str:
+    reasons = Counter(entry.reason for entry in plan.layers)
+    return "no linear layer would be quantized: " + "; ".join(
+        f"{reason} ({count})" for reason, count in reasons.items()
+    )

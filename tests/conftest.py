@@ -1,8 +1,9 @@
-"""Fixtures shared by all tests: the tiny models in every graph family."""
+"""Fixtures shared by all tests: the tiny models in every graph family, and a real one."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import families
+import real_model
 
 
 def _identifier(parameter: object) -> str:
@@ -27,3 +29,9 @@ def tiny_llama(request: pytest.FixtureRequest) -> families.TinyModel:
 def tiny_model(request: pytest.FixtureRequest) -> families.TinyModel:
     """Every tiny model in every family."""
     return families.model(*request.param)
+
+
+@pytest.fixture
+def smollm2() -> Callable[[str], Path]:
+    """SmolLM2-135M in a graph family, by name: `smollm2("dynamo-kv")` is the path of model.onnx. For slow tests."""
+    return real_model.smollm2

@@ -13,19 +13,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import importlib.metadata
 import io
-import os
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-REPOSITORY = Path(__file__).parent.parent
+from model_cache import EXPORT_SOURCES, cached, digest
 
 HIDDEN, FEED_FORWARD, BLOCKS, HEADS, KV_HEADS, HEAD_SIZE, VOCABULARY = 72, 136, 3, 4, 2, 16, 323
 
@@ -141,7 +136,7 @@ def model(architecture: str, family: str) -> TinyModel:
     """Build a model, or find it in the cache."""
     if (architecture, family) not in ALL_MODELS:
         raise ValueError(f"no model {architecture!r} in family {family!r}")
-    folder = _cached(f"{architecture}/{family}", lambda target: _build(architecture, family, target))
+    folder = cached(f"families/{_key()}/{architecture}/{family}", lambda target: _build(architecture, family, target))
     untouched = {"kv_heads": HEADS, "head_size": HIDDEN // HEADS} if architecture not in _ROTARY else {}
     return TinyModel(folder / "model.onnx", architecture, family, checkpoint(architecture), **untouched)
 
@@ -149,7 +144,7 @@ def model(architecture: str, family: str) -> TinyModel:
 @functools.cache
 def checkpoint(architecture: str) -> Path:
     """Hugging Face directory (config.json, model.safetensors, tokenizer.json) of an architecture."""
-    return _cached(f"{architecture}/checkpoint", lambda target: _save_checkpoint(architecture, target))
+    return cached(f"families/{_key()}/{architecture}/checkpoint", lambda target: _save_checkpoint(architecture, target))
 
 
 def build_genai(checkpoint_dir: Path, target: Path, precision: str, provider: str) -> None:
@@ -170,32 +165,9 @@ def build_genai(checkpoint_dir: Path, target: Path, precision: str, provider: st
         builder.create_model(*arguments, **options)
 
 
-def _cached(name: str, build: Callable[[Path], None]) -> Path:
-    """Build a folder under a temporary name and rename it, so that parallel test processes may share it."""
-    folder = Path(os.environ.get("FPTQ_CACHE", REPOSITORY / ".cache" / "fptq")) / "families" / _key() / name
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
-        try:
-            build(temporary)
-            with contextlib.suppress(OSError):  # another process was faster
-                temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return folder
-
-
 @functools.cache
 def _key() -> str:
-    """Digest of all that decides the bytes of the models."""
-    digest = hashlib.sha256()
-    export = REPOSITORY / "fptq_onnx" / "export"
-    for source in (Path(__file__), export / "signatures.py", export / "tracing.py"):
-        digest.update(source.read_bytes())
-    for package in ("torch", "transformers", "onnxruntime-genai", "onnxscript", "onnx-ir"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            digest.update(importlib.metadata.version(package).encode())
-    return digest.hexdigest()[:12]
+    return digest((Path(__file__), *EXPORT_SOURCES))
 
 
 def _build(architecture: str, family: str, target: Path) -> None:

@@ -92,9 +92,7 @@ def test_cuda_without_the_provider_is_an_error(monkeypatch: pytest.MonkeyPatch) 
 def test_cuda_without_cuda_kernels_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
     monkeypatch.setattr(runtime, "library_info", lambda: ops.LibraryInfo(version="0.1.0", cuda=None))
-    with pytest.raises(
-        RuntimeUnavailableError, match=r"was built without CUDA kernels. Build it where nvcc"
-    ):
+    with pytest.raises(RuntimeUnavailableError, match=r"was built without CUDA kernels. Build it where nvcc"):
         runtime.session(_model(), "cuda")
 
 

@@ -1,5 +1,5 @@
-// Shape inference on the C API. (The C++ header's ShapeInferContext cannot set a symbolic dimension: it passes -2, which
-// runtimes reject.)
+// Shape inference on the C API. (The C++ header's ShapeInferContext cannot set a symbolic dimension: it passes -2,
+// which runtimes reject.)
 #ifndef FPTQ_COMMON_SHAPE_INFERENCE_H_
 #define FPTQ_COMMON_SHAPE_INFERENCE_H_
 
@@ -25,8 +25,8 @@ class InferenceContext {
   /// Empty for a scalar and for an unknown rank alike.
   SymbolicShape InputShape(size_t index) const;
 
-  /// Unknown dimensions get a fresh name: onnxruntime would take -1 for a size, and equal names for equal sizes, when it
-  /// plans memory.
+  /// Unknown dimensions get a fresh name: onnxruntime would take -1 for a size, and equal names for equal sizes, when
+  /// it plans memory.
   void SetOutputShape(size_t index, const SymbolicShape& shape, ONNXTensorElementDataType type);
 
  private:

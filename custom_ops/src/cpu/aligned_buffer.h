@@ -9,7 +9,7 @@
 
 namespace fptq::cpu {
 
-inline constexpr size_t kAlignment = 64;
+inline constexpr int64_t kAlignment = 64;
 
 template <class T>
 struct AlignedAllocator {

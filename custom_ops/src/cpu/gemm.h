@@ -11,7 +11,7 @@ namespace fptq::cpu {
 /// One call, after the activations were prepared.
 struct GemmCall {
   const PackedWeights* weights = nullptr;
-  const int8_t* a = nullptr;       ///< [rows][padded_k]: A - 128, zero in padding
+  const int8_t* a = nullptr;       ///< [rows][a_stride]: A - 128, zero in padding up to padded_k
   const int32_t* a_sum = nullptr;  ///< [rows][groups]: sums of a over a group
   const float* a_scale = nullptr;  ///< one, or one per row
   bool per_token = false;
@@ -40,6 +40,7 @@ struct Kernels {
 };
 
 extern const Kernels kPortableKernels;
+extern const Kernels kAvx512VnniKernels;
 
 }  // namespace fptq::cpu
 

@@ -36,7 +36,7 @@ void Gemm(const GemmCall& call, int64_t row_begin, int64_t row_end, int64_t stri
         const int64_t index = (strip * w.groups + g) * kStrip;
         const int64_t first = g * w.group_octets;
         int32_t acc[kStrip];
-        GroupSums(call, w.StripNibbles(strip) + first * kOctetBytes, call.a + row * w.padded_k() + first * kOctet,
+        GroupSums(call, w.StripNibbles(strip) + first * kOctetBytes, call.a + row * w.a_stride() + first * kOctet,
                   w.GroupOctets(g), call.a_sum[row * w.groups + g],
                   call.zero_offset != 0 ? w.sum.data() + index : nullptr, acc);
         for (int64_t c = 0; c < kStrip; ++c) {
@@ -71,7 +71,14 @@ void Prepare(const PackedWeights& w, const uint8_t* a, int64_t rows, int8_t* pre
       a += length;
       prepared += padded;
     }
+    prepared += w.a_stride() - w.padded_k();
   }
 }
 
 }  // namespace fptq::cpu::portable
+
+namespace fptq::cpu {
+
+const Kernels kPortableKernels = {"portable", portable::Gemm, portable::Prepare, portable::Quantize};
+
+}  // namespace fptq::cpu

@@ -2,15 +2,20 @@
 
 #include <cstdlib>
 #include <stdexcept>
-
-#include "cpu/gemm_portable.h"
+#include <string>
 
 namespace fptq::cpu {
 
-const Kernels kPortableKernels = {"portable", portable::Gemm, portable::Prepare, portable::Quantize};
-
 std::vector<const Kernels*> AvailableKernels() {
   std::vector<const Kernels*> kernels;
+#if defined(__x86_64__)
+  // The compiler's check includes the operating system's support for the wide registers.
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    kernels.push_back(&kAvx512VnniKernels);
+  }
+#endif
   kernels.push_back(&kPortableKernels);
   return kernels;
 }

@@ -2,7 +2,6 @@
 #ifndef FPTQ_CPU_ISA_H_
 #define FPTQ_CPU_ISA_H_
 
-#include <string>
 #include <vector>
 
 #include "cpu/gemm.h"

@@ -37,8 +37,10 @@ struct PackedWeights {
   /// Rows of B in group g, and the octets they fill.
   int64_t GroupRows(int64_t g) const { return g + 1 < groups ? block_size : k - g * block_size; }
   int64_t GroupOctets(int64_t g) const { return CeilDiv(GroupRows(g), kOctet); }
-  /// K after padding: the length of a row of prepared activations.
+  /// K after padding, and the distance of two rows of prepared activations: an odd number of cache lines, since rows a
+  /// power of two apart would share few sets of the first-level cache.
   int64_t padded_k() const { return octets * kOctet; }
+  int64_t a_stride() const { return (CeilDiv(padded_k(), kAlignment) | 1) * kAlignment; }
   size_t bytes() const;
 
   const uint8_t* StripNibbles(int64_t strip) const { return nibbles.data() + strip * octets * kOctetBytes; }

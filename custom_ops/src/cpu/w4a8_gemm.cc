@@ -14,7 +14,7 @@ constexpr int64_t kSmallWork = 1 << 18;  // multiply-adds that are not worth a s
 size_t W4A8Gemm::ScratchBytes(int64_t rows) const {
   const int64_t panel = std::min(rows, kPanelRows);
   const int64_t sums = panel * weights_.groups * static_cast<int64_t>(sizeof(int32_t));
-  return static_cast<size_t>(RoundUp(panel * weights_.padded_k(), kAlignment) + sums + kAlignment);
+  return static_cast<size_t>(panel * weights_.a_stride() + sums + kAlignment);
 }
 
 void W4A8Gemm::Run(const Call& call, const Parallel& parallel) const {
@@ -24,14 +24,14 @@ void W4A8Gemm::Run(const Call& call, const Parallel& parallel) const {
   const size_t element_bytes = type_ == ElementType::kFloat32 ? 4 : 2;
   for (int64_t first = 0; first < call.rows; first += kPanelRows) {
     const int64_t rows = std::min(kPanelRows, call.rows - first);
-    auto* a_sum = reinterpret_cast<int32_t*>(address + RoundUp(rows * w.padded_k(), kAlignment));
+    auto* a_sum = reinterpret_cast<int32_t*>(address + rows * w.a_stride());
     const bool serial = rows * w.k * w.n <= kSmallWork;
     const Parallel pool = serial ? Parallel{} : parallel;
     const int64_t prepare_rows = 8;
     pool.For(CeilDiv(rows, prepare_rows), [&](int64_t task) {
       const int64_t row = task * prepare_rows;
       kernels_.prepare(w, call.a + (first + row) * w.k, std::min(prepare_rows, rows - row),
-                       prepared + row * w.padded_k(), a_sum + row * w.groups);
+                       prepared + row * w.a_stride(), a_sum + row * w.groups);
     });
     GemmCall gemm;
     gemm.weights = &w;

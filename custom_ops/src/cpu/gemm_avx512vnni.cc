@@ -1,0 +1,122 @@
+// Kernels for AVX-512 with VNNI: one 512-bit register holds 16 channels.
+#include <immintrin.h>
+
+#include <cstdint>
+#include <utility>
+
+#include "cpu/element.h"
+#include "cpu/gemm.h"
+#include "cpu/gemm_portable.h"
+#include "cpu/target.h"
+
+FPTQ_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
+namespace fptq::cpu {
+namespace {
+
+struct V {
+  using Int = __m512i;
+  using Float = __m512;
+  using Bytes = __m512i;
+
+  // Accumulators of a tile and two operands fit the 32 registers; more strips at a time for fewer rows.
+  static constexpr int kMaxRows = 12;
+  static constexpr int kFewStrips = 2;
+  static constexpr int kFewRows = 5;
+  static constexpr int kManyStrips = 4;
+  static constexpr int64_t kPrepareBytes = 32;
+
+  static Int Set(int32_t value) { return _mm512_set1_epi32(value); }
+  static Int Load(const int32_t* data) { return _mm512_load_si512(data); }
+  static void Store(int32_t* data, Int a) { _mm512_store_si512(data, a); }
+  static Int LoadInt8(const int8_t* data) {
+    return _mm512_cvtepi8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(data)));
+  }
+  static Int Add(Int a, Int b) { return _mm512_add_epi32(a, b); }
+  static Int Multiply(Int a, Int b) { return _mm512_mullo_epi32(a, b); }
+  static Int Max(Int a, Int b) { return _mm512_max_epi32(a, b); }
+  static int32_t ReduceMax(Int a) { return _mm512_reduce_max_epi32(a); }
+
+  static Bytes LoadBytes(const uint8_t* data) { return _mm512_load_si512(data); }
+  static Bytes LowNibbles(Bytes both) { return _mm512_and_si512(both, _mm512_set1_epi8(15)); }
+  static Bytes HighNibbles(Bytes both) { return LowNibbles(_mm512_srli_epi16(both, 4)); }
+  static Bytes Broadcast(const int8_t* a) {
+    int32_t four;
+    __builtin_memcpy(&four, a, 4);
+    return _mm512_set1_epi32(four);
+  }
+  static void DotOctet(Int& acc, Bytes low, Bytes high, Bytes first, Bytes second) {
+    acc = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(acc, low, first), high, second);
+  }
+
+  static Float ZeroFloat() { return _mm512_setzero_ps(); }
+  static Float SetFloat(float value) { return _mm512_set1_ps(value); }
+  static Float Load(const float* data) { return _mm512_load_ps(data); }
+  static void Store(float* data, Float a) { _mm512_store_ps(data, a); }
+  static Float ToFloat(Int a) { return _mm512_cvtepi32_ps(a); }
+  static Float Multiply(Float a, Float b) { return _mm512_mul_ps(a, b); }
+  static Float Divide(Float a, Float b) { return _mm512_div_ps(a, b); }
+  static Float MultiplyAdd(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+  static Int MagnitudeBits(Float a) { return _mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7fffffff)); }
+
+  static __mmask16 First(int count) { return static_cast<__mmask16>((1u << count) - 1u); }
+
+  // Round half to even, as in BFloat16FromFloat.
+  static __m256i ToBFloat16(Float value) {
+    const __m512i bits = _mm512_castps_si512(value);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), Set(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, Set(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_or_epi32(rounded, nan, bits, Set(0x400000)), 16));
+  }
+
+  static void Store(void* y, ElementType type, int64_t index, Float value, int count) {
+    const __mmask16 mask = First(count);
+    if (type == ElementType::kFloat32) {
+      _mm512_mask_storeu_ps(static_cast<float*>(y) + index, mask, value);
+      return;
+    }
+    const __m256i half = type == ElementType::kFloat16
+                             ? _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
+                             : ToBFloat16(value);
+    _mm256_mask_storeu_epi16(static_cast<uint16_t*>(y) + index, mask, half);
+  }
+
+  // a - 128 of `length` bytes, a multiple of kPrepareBytes, and the sum of the results.
+  static int32_t CenterAndSum(const uint8_t* a, int64_t length, int8_t* prepared) {
+    const __m256i flip = _mm256_set1_epi8(static_cast<char>(0x80));
+    __m256i sum = _mm256_setzero_si256();
+    for (int64_t i = 0; i < length; i += kPrepareBytes) {
+      const __m256i centered = _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a + i)), flip);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(prepared + i), centered);
+      sum = _mm256_dpbusd_epi32(sum, _mm256_set1_epi8(1), centered);
+    }
+    return _mm512_reduce_add_epi32(_mm512_zextsi256_si512(sum));
+  }
+
+  template <ElementType kType>
+  static Float LoadElements(const void* x, int64_t index, int count) {
+    const __mmask16 mask = First(count);
+    if constexpr (kType == ElementType::kFloat32) {
+      return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(x) + index);
+    } else {
+      const __m256i half = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(x) + index);
+      if constexpr (kType == ElementType::kFloat16) return _mm512_cvtph_ps(half);
+      return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    }
+  }
+
+  static void StoreQuantized(Float ratio, uint8_t* y, int count) {
+    const Int q = _mm512_max_epi32(_mm512_min_epi32(_mm512_cvtps_epi32(ratio), Set(127)), Set(-127));
+    const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_add_epi32(q, Set(kActivationOffset)));
+    _mm_mask_storeu_epi8(y, First(count), bytes);
+  }
+};
+
+#include "cpu/gemm_x86.inc"
+
+}  // namespace
+
+const Kernels kAvx512VnniKernels = {"avx512vnni", Gemm, Prepare, Quantize};
+
+}  // namespace fptq::cpu
+FPTQ_TARGET_END

@@ -253,7 +253,8 @@ def _select(layout: Layout, axis: int, first: int, length: int) -> Layout:
     outer, inner = dim[0], _product(dim[1:])
     if inner is None or outer.size is None or first % inner or length % inner:
         raise ValueError("range")
-    kept = (Factor(length // inner, outer.stride), *dim[1:])
+    steps = length // inner
+    kept = (Factor(steps, outer.stride), *dim[1:]) if steps != 1 else dim[1:]
     dims = (*layout.dims[:axis], kept, *layout.dims[axis + 1 :])
     return Layout(dims, layout.offset + first // inner * outer.stride)
 

@@ -64,7 +64,8 @@ def _walk(
 ) -> list[Trail]:
     node = value.producer()
     if node is None:
-        raise LayoutError(f"the activation is the graph input {value.name}")
+        what = "read from the table" if value.is_initializer() else "the graph input"
+        raise LayoutError(f"the activation is {what} {value.name}")
     output_index = next(index for index, output in enumerate(node.outputs) if output is value)
 
     def through(input_index: int) -> list[Trail]:

@@ -134,7 +134,9 @@ def _indices(*values: int) -> dict[str, np.ndarray]:
 
 def _only_site(tmp_path: Path, body: str, signature: str = SIGNATURE, position: int = 0, **extra: np.ndarray):
     used = {name: array for name, array in (WEIGHTS | extra).items() if re.search(rf"[(,] *{name} *[,)]", body)}
-    model = model_from_text(tmp_path, signature, body, used)
+    opset = 23 if "= Attention" in body else 21
+    header = f'ir_version: 10, opset_import: ["" : {opset}, "com.microsoft" : 1]'
+    model = model_from_text(tmp_path, signature, body, used, header)
     linears = find_linears(model)
     group = group_by_activation(linears.layers)[position]
     return model, group, find_scale_site(model, group, linears)
@@ -342,6 +344,75 @@ def test_exploded_layer_norm_divides_weight_and_bias(tmp_path: Path) -> None:
     assert site.reason.startswith("norm weight gamma")
     assert {target.initializer.name for target in site.targets} == {"gamma", "beta"}
     _check_fold(model, group, site, tmp_path)
+
+
+# Query heads, value heads and their size, in each operator's own convention.
+FUSED_ATTENTION = {
+    "GroupQueryAttention": (
+        'a = com.microsoft.GroupQueryAttention <num_heads = 4, kv_num_heads = 2> (q, k, v, "", "", ends, total)',
+        (4, 2, 8),
+    ),
+    "packed GroupQueryAttention": (
+        "f = MatMul(x, wqkv)\n"
+        'a = com.microsoft.GroupQueryAttention <num_heads = 4, kv_num_heads = 2> (f, "", "", "", "", ends, total)',
+        (4, 2, 8),
+    ),
+    "MultiHeadAttention": ("a = com.microsoft.MultiHeadAttention <num_heads = 4> (q, k, v)", (4, 4, 4)),
+    "Attention, 3-D": ("a = Attention <q_num_heads = 4, kv_num_heads = 2> (q, k, v)", (4, 2, 4)),
+    "Attention, 4-D": (
+        """q4r = Reshape(q, by_head)
+        k4r = Reshape(k, by_group)
+        v4r = Reshape(v, by_group)
+        q4 = Transpose <perm = [0, 2, 1, 3]> (q4r)
+        k4 = Transpose <perm = [0, 2, 1, 3]> (k4r)
+        v4 = Transpose <perm = [0, 2, 1, 3]> (v4r)
+        a4 = Attention (q4, k4, v4)
+        a4t = Transpose <perm = [0, 2, 1, 3]> (a4)
+        a = Reshape(a4t, flat)""",
+        (4, 2, 4),
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "heads"), FUSED_ATTENTION.values(), ids=FUSED_ATTENTION.keys())
+def test_fused_attention_operators(tmp_path: Path, call: str, heads: tuple[int, int, int]) -> None:
+    count, groups, size = heads
+    projections = "" if "wqkv" in call else "q = MatMul(x, wq)\n k = MatMul(x, wk)\n v = MatMul(x, wv)\n"
+    body = f"{projections} {call}\n y = MatMul(a, wo)"
+    extra = {
+        "wq": RNG.normal(size=(8, count * size)).astype(np.float32),
+        "wk": RNG.normal(size=(8, groups * size)).astype(np.float32),
+        "wv": RNG.normal(size=(8, groups * size)).astype(np.float32),
+        "wqkv": RNG.normal(size=(8, (count + 2 * groups) * size)).astype(np.float32),
+        "wo": RNG.normal(size=(count * size, 8)).astype(np.float32),
+        "ends": np.full(2, 2, np.int32),
+        "total": np.array(3, np.int32),
+        "by_head": np.array([0, 0, count, size]),
+        "by_group": np.array([0, 0, groups, size]),
+        "flat": np.array([0, 0, -1]),
+    }
+    model, group, site = _only_site(tmp_path, body, position=1, **extra)
+    assert site.kind == "linear", site.reason
+    assert len(np.unique(site.tie_groups)) == groups * size
+    _check_fold(model, group, site, tmp_path)
+
+
+def test_cache_that_only_goes_out_is_left_alone(tmp_path: Path) -> None:
+    """A model for the prompt alone: its cache goes to another model, which would not know about the scale."""
+    body = """
+        f = MatMul(x, wqkv)
+        a, pk, pv = com.microsoft.GroupQueryAttention <num_heads = 4, kv_num_heads = 2> (f, "", "", "", "", ends, total)
+        y = MatMul(a, wo)"""
+    extra = {
+        "wqkv": RNG.normal(size=(8, 64)).astype(np.float32),
+        "wo": RNG.normal(size=(32, 8)).astype(np.float32),
+        "ends": np.full(2, 2, np.int32),
+        "total": np.array(3, np.int32),
+    }
+    signature = "(float[2, 3, 8] x) => (float[2, 3, n] y, float[2, 2, 3, 8] pk, float[2, 2, 3, 8] pv)"
+    _, _, site = _only_site(tmp_path, body, signature, position=1, **extra)
+    assert site.kind == "none"
+    assert "pv is also an output of the graph" in site.reason
 
 
 @pytest.mark.parametrize(

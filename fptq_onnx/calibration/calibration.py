@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,6 @@ import onnx_ir as ir
 from fptq_onnx.calibration.data import CalibrationData, calibration_data
 from fptq_onnx.calibration.runner import calibrate
 from fptq_onnx.calibration.tokens import find_tokenizer
-from fptq_onnx.errors import CalibrationError
 from fptq_onnx.graph.feeds import describe_inputs
 from fptq_onnx.progress import Progress
 from fptq_onnx.quantization.statistics import ActivationStatistics
@@ -23,11 +21,7 @@ from fptq_onnx.recipe import Recipe
 
 __all__ = ["Batch", "Calibration"]
 
-logger = logging.getLogger(__name__)
-
 Batch = Mapping[str, npt.NDArray[Any]]
-
-SHORTEST_WINDOW = 16
 
 
 class Calibration:
@@ -65,38 +59,22 @@ class Calibration:
         self._sample_tokens = sample_tokens
         self._providers = providers
         self._progress = progress
-        self._length = recipe.calibration.length
         self.data: CalibrationData | None = None
         self.sample: list[Batch] = []
 
     def observe(self, model: ir.Model, activations: Sequence[str]) -> dict[str, ActivationStatistics]:
         """Statistics of activations by name; leading tokens are left out as the recipe says.
 
-        Windows of tokens are halved until the model takes them, because the number of its positions may be limited in
-        ways that its inputs do not show.
-
         Raises:
             CalibrationError: The data are missing, empty or do not fit the model.
         """
-        while True:
-            try:
-                return self._observe(model, activations)
-            except CalibrationError as error:
-                tokens = self.data is not None and self.data.source in ("text", "random")
-                if not tokens or error.__cause__ is None or self._length < 2 * SHORTEST_WINDOW:
-                    raise
-                self._length //= 2
-                self.data, self.sample = None, []
-                logger.warning("the model refuses windows of %d tokens: trying %d", 2 * self._length, self._length)
-
-    def _observe(self, model: ir.Model, activations: Sequence[str]) -> dict[str, ActivationStatistics]:
         if self.data is None:
             self.data = calibration_data(
                 self._source,
                 describe_inputs(model),
                 tokenizer=self._tokenizer,
                 windows=self._recipe.calibration.windows,
-                length=self._length,
+                length=self._recipe.calibration.length,
                 seed=self._recipe.calibration.seed,
             )
         observed = calibrate(

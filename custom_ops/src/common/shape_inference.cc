@@ -19,6 +19,15 @@ SymbolicShape InferenceContext::InputShape(size_t index) const {
   return shape;
 }
 
+ONNXTensorElementDataType InferenceContext::InputType(size_t index) const {
+  const OrtApi& api = Ort::GetApi();
+  OrtTensorTypeAndShapeInfo* info = nullptr;  // stays with the context
+  ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+  Ort::ThrowOnError(api.ShapeInferContext_GetInputTypeShape(context_, index, &info));
+  Ort::ThrowOnError(api.GetTensorElementType(info, &type));
+  return type;
+}
+
 void InferenceContext::SetOutputShape(size_t index, const SymbolicShape& shape, ONNXTensorElementDataType type) {
   static std::atomic<unsigned> next{0};
   std::vector<int64_t> sizes;

@@ -25,6 +25,8 @@ class InferenceContext {
   /// Empty for a scalar and for an unknown rank alike.
   SymbolicShape InputShape(size_t index) const;
 
+  ONNXTensorElementDataType InputType(size_t index) const;
+
   /// Unknown dimensions get a fresh name: onnxruntime would take -1 for a size, and equal names for equal sizes, when
   /// it plans memory.
   void SetOutputShape(size_t index, const SymbolicShape& shape, ONNXTensorElementDataType type);

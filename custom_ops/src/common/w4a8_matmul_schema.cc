@@ -135,12 +135,13 @@ W4A8MatMulCall W4A8MatMulCall::Check(const W4A8MatMulNode& node, const std::vect
   return call;
 }
 
-void InferW4A8MatMulShapes(InferenceContext& context, ONNXTensorElementDataType type) {
+void InferW4A8MatMulShapes(InferenceContext& context) {
   SymbolicShape shape = context.InputShape(kInputA);
   const SymbolicShape b = context.InputShape(kInputB);
   if (shape.empty() || b.size() != 2) return;  // unknown rank
   shape.back() = b[1];
-  context.SetOutputShape(0, shape, type);
+  // The runtime asks the op of one T for all of them, so T is what the node has.
+  context.SetOutputShape(0, shape, context.InputType(kInputBScale));
 }
 
 }  // namespace fptq

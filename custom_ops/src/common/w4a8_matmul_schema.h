@@ -61,7 +61,7 @@ struct W4A8MatMulCall {
                               const std::vector<int64_t>& a_scale, const std::vector<int64_t>& a_zero_point);
 };
 
-void InferW4A8MatMulShapes(InferenceContext& context, ONNXTensorElementDataType type);
+void InferW4A8MatMulShapes(InferenceContext& context);
 
 /// The op for one T and one kernel (see OpBase for what the kernel provides).
 template <class Kernel, ONNXTensorElementDataType kType>
@@ -82,7 +82,7 @@ struct W4A8MatMulOp : OpBase<W4A8MatMulOp<Kernel, kType>, Kernel> {
   }
   size_t GetOutputTypeCount() const { return 1; }
   ONNXTensorElementDataType GetOutputType(size_t) const { return kType; }
-  static void InferShapes(InferenceContext& context) { InferW4A8MatMulShapes(context, kType); }
+  static void InferShapes(InferenceContext& context) { InferW4A8MatMulShapes(context); }
 };
 
 }  // namespace fptq

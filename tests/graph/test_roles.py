@@ -167,6 +167,21 @@ def test_two_layers_with_one_role_get_different_labels(tmp_path: Path) -> None:
     assert labels == ["block.0.q", "other.0", "block.0.q.1", "block.0.k", "block.0.v", "block.0.o"]
 
 
+def test_rotation_by_tables_is_no_residual_addition(tmp_path: Path) -> None:
+    """Cosines and sines gathered from tables look like embeddings; q cos + rotated q sin must not end the query."""
+    rotate = "c = Gather(cos, pos)\n s0 = Gather(sin, pos)\n"
+    for part in "qk":
+        rotate += f"{part}0 = MatMul(x, w{part})\n n{part} = Neg({part}0)\n {part}c = Mul({part}0, c)\n"
+        rotate += f"{part}s = Mul(n{part}, s0)\n {part} = Add({part}c, {part}s)\n"
+    body = rotate + ATTENTION.replace("q = MatMul(x, wq)", "").replace("k = MatMul(x, wk)", "")
+    body += "o = MatMul(a, wo)\n y = Add(o, x)"
+    weights = _weights(**SQUARES, cos=(16, 8), sin=(16, 8))
+    signature = "(float[1, 3, 8] x, int64[1, 3] pos) => (float[1, 3, 8] y)"
+    model = model_from_text(tmp_path, signature, body, weights)
+    labels = [layer.label for layer in find_linears(model).layers]
+    assert labels == ["block.0.q", "block.0.k", "block.0.v", "block.0.o"]
+
+
 def test_layers_outside_a_transformer_are_other(tmp_path: Path) -> None:
     body = "h = MatMul(x, w1)\n g = Gelu(h)\n y = MatMul(g, w2)"
     assert _text_labels(tmp_path, body, _weights(w1=(8, 32), w2=(32, 4))) == ["other.0", "other.1"]

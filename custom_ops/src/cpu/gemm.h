@@ -40,7 +40,10 @@ struct Kernels {
 };
 
 extern const Kernels kPortableKernels;
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvxVnniKernels;
 extern const Kernels kAvx512VnniKernels;
+extern const Kernels kAmxKernels;
 
 }  // namespace fptq::cpu
 

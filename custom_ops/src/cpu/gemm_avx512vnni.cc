@@ -13,10 +13,13 @@ FPTQ_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
 namespace fptq::cpu {
 namespace {
 
+#include "cpu/store_avx512.inc"
+
 struct V {
   using Int = __m512i;
   using Float = __m512;
   using Bytes = __m512i;
+  using Four = __m512i;
 
   // Accumulators of a tile and two operands fit the 32 registers; more strips at a time for fewer rows.
   static constexpr int kMaxRows = 12;
@@ -39,16 +42,17 @@ struct V {
   static Bytes LoadBytes(const uint8_t* data) { return _mm512_load_si512(data); }
   static Bytes LowNibbles(Bytes both) { return _mm512_and_si512(both, _mm512_set1_epi8(15)); }
   static Bytes HighNibbles(Bytes both) { return LowNibbles(_mm512_srli_epi16(both, 4)); }
-  static Bytes Broadcast(const int8_t* a) {
+  static Four Broadcast(const int8_t* a) {
     int32_t four;
     __builtin_memcpy(&four, a, 4);
     return _mm512_set1_epi32(four);
   }
-  static void DotOctet(Int& acc, Bytes low, Bytes high, Bytes first, Bytes second) {
+  static void DotOctet(Int& acc, Bytes low, Bytes high, Four first, Four second) {
     acc = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(acc, low, first), high, second);
   }
 
-  static Float ZeroFloat() { return _mm512_setzero_ps(); }
+  static void KeepInRegister(Int& a) { asm("" : "+v"(a)); }
+
   static Float SetFloat(float value) { return _mm512_set1_ps(value); }
   static Float Load(const float* data) { return _mm512_load_ps(data); }
   static void Store(float* data, Float a) { _mm512_store_ps(data, a); }
@@ -58,27 +62,8 @@ struct V {
   static Float MultiplyAdd(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
   static Int MagnitudeBits(Float a) { return _mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7fffffff)); }
 
-  static __mmask16 First(int count) { return static_cast<__mmask16>((1u << count) - 1u); }
-
-  // Round half to even, as in BFloat16FromFloat.
-  static __m256i ToBFloat16(Float value) {
-    const __m512i bits = _mm512_castps_si512(value);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), Set(1));
-    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, Set(0x7fff)));
-    const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_or_epi32(rounded, nan, bits, Set(0x400000)), 16));
-  }
-
   static void Store(void* y, ElementType type, int64_t index, Float value, int count) {
-    const __mmask16 mask = First(count);
-    if (type == ElementType::kFloat32) {
-      _mm512_mask_storeu_ps(static_cast<float*>(y) + index, mask, value);
-      return;
-    }
-    const __m256i half = type == ElementType::kFloat16
-                             ? _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
-                             : ToBFloat16(value);
-    _mm256_mask_storeu_epi16(static_cast<uint16_t*>(y) + index, mask, half);
+    StoreLanes(y, type, index, value, count);
   }
 
   // a - 128 of `length` bytes, a multiple of kPrepareBytes, and the sum of the results.
@@ -95,7 +80,7 @@ struct V {
 
   template <ElementType kType>
   static Float LoadElements(const void* x, int64_t index, int count) {
-    const __mmask16 mask = First(count);
+    const __mmask16 mask = FirstLanes(count);
     if constexpr (kType == ElementType::kFloat32) {
       return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(x) + index);
     } else {
@@ -108,7 +93,7 @@ struct V {
   static void StoreQuantized(Float ratio, uint8_t* y, int count) {
     const Int q = _mm512_max_epi32(_mm512_min_epi32(_mm512_cvtps_epi32(ratio), Set(127)), Set(-127));
     const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_add_epi32(q, Set(kActivationOffset)));
-    _mm_mask_storeu_epi8(y, First(count), bytes);
+    _mm_mask_storeu_epi8(y, FirstLanes(count), bytes);
   }
 };
 

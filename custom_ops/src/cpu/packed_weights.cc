@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 namespace fptq::cpu {
@@ -13,21 +14,57 @@ int64_t LargestStructuredK(int64_t max_multiple) {
 
 int Nibble(const uint8_t* data, int64_t index) { return (data[index >> 1] >> ((index & 1) * 4)) & 15; }
 
+// One octet of one strip, any shape. `row` is its first row of B, `rows` how many of its 8 exist.
+void PackOctet(const WeightSource& source, int64_t row, int64_t rows, int64_t strip, uint8_t* octet) {
+  const int64_t channels = std::min(kStrip, source.n - strip * kStrip);
+  for (int64_t r = 0; r < rows; ++r) {
+    const int shift = r < 4 ? 0 : 4;
+    for (int64_t c = 0; c < channels; ++c) {
+      const int value = Nibble(source.b, (row + r) * source.n + strip * kStrip + c) ^ kWeightOffset;
+      uint8_t& byte = octet[4 * c + r % 4];
+      byte = static_cast<uint8_t>((byte & ~(15 << shift)) | (value << shift));
+    }
+  }
+}
+
+// One whole octet where N is even, so that 16 channels are 8 bytes. Channels 2 j are the low nibbles.
+void PackWholeOctet(const WeightSource& source, int64_t row, int64_t strip, uint8_t* octet) {
+  constexpr uint64_t kOffset = 0x8888888888888888u;  // two's complement -> value + 8
+  constexpr uint64_t kLow = 0x0f0f0f0f0f0f0f0fu;
+  const uint8_t* first = source.b + (row * source.n + strip * kStrip) / 2;
+  for (int64_t i = 0; i < 4; ++i) {
+    uint64_t low, high;
+    std::memcpy(&low, first + i * source.n / 2, sizeof(low));
+    std::memcpy(&high, first + (i + 4) * source.n / 2, sizeof(high));
+    low ^= kOffset;
+    high ^= kOffset;
+    uint8_t even[8], odd[8];
+    const uint64_t even_bytes = (low & kLow) | ((high & kLow) << 4);
+    const uint64_t odd_bytes = ((low >> 4) & kLow) | (high & ~kLow);
+    std::memcpy(even, &even_bytes, sizeof(even));
+    std::memcpy(odd, &odd_bytes, sizeof(odd));
+    for (int64_t j = 0; j < 8; ++j) {
+      octet[8 * j + i] = even[j];
+      octet[8 * j + 4 + i] = odd[j];
+    }
+  }
+}
+
 void PackNibbles(const WeightSource& source, PackedWeights* packed) {
   // 0x88 is a pair of zero weights: it fills channels beyond N and rows beyond a group.
   packed->nibbles.assign(static_cast<size_t>(packed->strips * packed->octets * kOctetBytes), 0x88);
-  for (int64_t k = 0; k < packed->k; ++k) {
-    const int64_t group = k / packed->block_size;
-    const int64_t row = k - group * packed->block_size;
-    const int64_t octet = group * packed->group_octets + row / kOctet;
-    const int64_t lane = row % 4;
-    const int shift = row % kOctet < 4 ? 0 : 4;
-    for (int64_t n = 0; n < packed->n; ++n) {
-      const int value = Nibble(source.b, k * packed->n + n) ^ kWeightOffset;  // two's complement -> value + 8
-      const int64_t strip = n / kStrip;
-      uint8_t& byte = packed->nibbles[static_cast<size_t>((strip * packed->octets + octet) * kOctetBytes +
-                                                          (n - strip * kStrip) * 4 + lane)];
-      byte = static_cast<uint8_t>((byte & ~(15 << shift)) | (value << shift));
+  for (int64_t octet = 0; octet < packed->octets; ++octet) {
+    const int64_t group = octet / packed->group_octets;
+    const int64_t row_of_group = (octet - group * packed->group_octets) * kOctet;
+    const int64_t row = group * packed->block_size + row_of_group;
+    const int64_t rows = std::min(kOctet, packed->GroupRows(group) - row_of_group);
+    for (int64_t strip = 0; strip < packed->strips; ++strip) {
+      uint8_t* target = packed->nibbles.data() + (strip * packed->octets + octet) * kOctetBytes;
+      if (rows == kOctet && packed->n % 2 == 0 && (strip + 1) * kStrip <= packed->n) {
+        PackWholeOctet(source, row, strip, target);
+      } else {
+        PackOctet(source, row, rows, strip, target);
+      }
     }
   }
 }

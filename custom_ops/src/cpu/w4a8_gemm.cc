@@ -6,6 +6,7 @@ namespace fptq::cpu {
 namespace {
 
 constexpr int64_t kPanelRows = 256;      // rows prepared at a time: bounds the scratch memory
+constexpr int64_t kTileRows = 16;        // kernels may read whole tiles: of rows, and of 64 bytes
 constexpr int64_t kStripsPerTask = 4;    // 64 channels
 constexpr int64_t kSmallWork = 1 << 18;  // multiply-adds that are not worth a second thread
 
@@ -14,7 +15,7 @@ constexpr int64_t kSmallWork = 1 << 18;  // multiply-adds that are not worth a s
 size_t W4A8Gemm::ScratchBytes(int64_t rows) const {
   const int64_t panel = std::min(rows, kPanelRows);
   const int64_t sums = panel * weights_.groups * static_cast<int64_t>(sizeof(int32_t));
-  return static_cast<size_t>(panel * weights_.a_stride() + sums + kAlignment);
+  return static_cast<size_t>(RoundUp(panel, kTileRows) * weights_.a_stride() + sums + 2 * kAlignment);
 }
 
 void W4A8Gemm::Run(const Call& call, const Parallel& parallel) const {
@@ -24,7 +25,7 @@ void W4A8Gemm::Run(const Call& call, const Parallel& parallel) const {
   const size_t element_bytes = type_ == ElementType::kFloat32 ? 4 : 2;
   for (int64_t first = 0; first < call.rows; first += kPanelRows) {
     const int64_t rows = std::min(kPanelRows, call.rows - first);
-    auto* a_sum = reinterpret_cast<int32_t*>(address + rows * w.a_stride());
+    auto* a_sum = reinterpret_cast<int32_t*>(address + RoundUp(rows, kTileRows) * w.a_stride());
     const bool serial = rows * w.k * w.n <= kSmallWork;
     const Parallel pool = serial ? Parallel{} : parallel;
     const int64_t prepare_rows = 8;

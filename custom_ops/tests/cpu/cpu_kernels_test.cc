@@ -14,6 +14,7 @@
 #include <thread>
 #include <vector>
 
+#include "amx_emulation.h"
 #include "cpu/element.h"
 #include "cpu/isa.h"
 #include "cpu/w4a8_gemm.h"
@@ -83,7 +84,7 @@ Problem RandomProblem(Random& random, int64_t m, int64_t k, int64_t n, int64_t b
   }
   p.packed.assign(static_cast<size_t>((k * n + 1) / 2), 0);
   for (int64_t i = 0; i < k * n; ++i) {
-    const int value = static_cast<int>(extreme == 0 ? -8 : Uniform(random, -8, 7));
+    const int value = static_cast<int>(extreme == 0 ? 15 * Uniform(random, 0, 1) - 8 : Uniform(random, -8, 7));
     p.b.push_back(value);
     p.packed[static_cast<size_t>(i / 2)] |= static_cast<uint8_t>((value & 15) << (i % 2 * 4));
   }
@@ -297,7 +298,12 @@ int main(int argc, char** argv) {
   TestElements();
   TestScaleMultiples();
   TestChoice();
-  for (const Kernels* kernels : AvailableKernels()) {
+  std::vector<const Kernels*> all = AvailableKernels();
+#if defined(__x86_64__)
+  const auto has_avx512 = [](const Kernels* kernels) { return kernels == &kAvx512VnniKernels; };
+  if (std::any_of(all.begin(), all.end(), has_avx512)) all.push_back(&kEmulatedAmxKernels);
+#endif
+  for (const Kernels* kernels : all) {
     Random random(7);
     TestGemm(random, *kernels, problems);
     TestQuantize(random, *kernels, problems);

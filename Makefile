@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 JOBS ?= 2
+# AUTO builds the CUDA kernels where nvcc is found; OFF and ON decide it.
+CUDA ?= AUTO
 
 .PHONY: help setup demo test lint format lib ops-test sanitize clean
 
@@ -25,7 +27,7 @@ setup: $(STAMP)  ## create .venv and install the package with its op library
 demo: $(STAMP)  ## a real language model: export, convert, compare with onnxruntime's own int4 and int8
 	$(BIN)/python tools/demo.py
 
-test: $(STAMP) ops-test  ## everything that a machine without a GPU can check
+test: $(STAMP) ops-test sanitize  ## everything that a machine without a GPU can check
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## ruff, mypy --strict, clang-format
@@ -38,6 +40,21 @@ format: $(STAMP)  ## apply ruff and clang-format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	find custom_ops -name '*.h' -o -name '*.cc' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' | xargs $(BIN)/clang-format -i
+
+lib: $(STAMP)  ## rebuild the op library in place after a change in custom_ops/
+	$(BIN)/cmake -S custom_ops -B build/lib -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DFPTQ_CUDA=$(CUDA)
+	$(BIN)/cmake --build build/lib -j $(JOBS)
+	$(BIN)/cmake --install build/lib --component python --prefix fptq_onnx
+
+ops-test: $(STAMP)  ## C++ tests of the kernels and of the index maths of the CUDA kernels, on the CPU
+	$(BIN)/cmake -S custom_ops -B build/ops-test -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DFPTQ_CUDA=OFF -DFPTQ_BUILD_TESTS=ON
+	$(BIN)/cmake --build build/ops-test -j $(JOBS)
+	$(BIN)/ctest --test-dir build/ops-test --output-on-failure
+
+sanitize: $(STAMP)  ## the same under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/cmake -S custom_ops -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DFPTQ_CUDA=OFF -DFPTQ_BUILD_TESTS=ON -DFPTQ_SANITIZE=address,undefined
+	$(BIN)/cmake --build build/sanitize -j $(JOBS)
+	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
 
 clean:  ## remove build products (not .venv, not the model cache)
 	rm -rf build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -1,8 +1,9 @@
 """Time W4A8MatMul on the CPU against onnxruntime's own matrix products.
 
-All contenders of a case run in one process, interleaved, and are reported as ratios of medians: absolute times depend on
-the machine and its neighbours. With one thread the clock is that thread's processor time, else wall time. Ours is DynamicQuantizePerToken + W4A8MatMul, float32 in and out, once with free float
-scales and once with integer-structured ones. With --cold the caches are filled with other data before every call.
+All contenders of a case run in one process, interleaved, and are reported as ratios of medians: absolute times depend
+on the machine and its neighbours. With one thread the clock is that thread's processor time, else wall time. Ours is
+DynamicQuantizePerToken + W4A8MatMul, float32 in and out, once with free float scales and once with integer-structured
+ones. With --cold the caches are filled with other data before every call.
 
     python tools/bench_cpu.py
     python tools/bench_cpu.py --shapes 4096x4096 --rows 1,64 --threads 1 --cold

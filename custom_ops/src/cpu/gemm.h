@@ -37,7 +37,15 @@ struct Kernels {
   GemmTile gemm;
   PrepareActivations prepare;
   QuantizeRows quantize;
+  int64_t rows_per_task;  ///< of gemm: large enough to repay what it does once per call
 };
+
+/// What the AMX kernels share with those for AVX512-VNNI (by name: a table read at load time would run an initializer).
+namespace avx512vnni {
+void GemmRows(const GemmCall& call, int64_t row_begin, int64_t row_end, int64_t strip_begin, int64_t strip_end);
+void PrepareRows(const PackedWeights& weights, const uint8_t* a, int64_t rows, int8_t* prepared, int32_t* a_sum);
+void QuantizeRows(const void* x, ElementType type, int64_t rows, int64_t k, uint8_t* y, float* scale);
+}  // namespace avx512vnni
 
 extern const Kernels kPortableKernels;
 extern const Kernels kAvx2Kernels;

@@ -85,7 +85,7 @@ struct Tiles {
 
 }  // namespace
 
-const Kernels kAmxKernels = {"amx", Gemm, kAvx512VnniKernels.prepare, kAvx512VnniKernels.quantize};
+const Kernels kAmxKernels = {"amx", Gemm, avx512vnni::PrepareRows, avx512vnni::QuantizeRows, kMaxPanelRows};
 
 }  // namespace fptq::cpu
 FPTQ_TARGET_END

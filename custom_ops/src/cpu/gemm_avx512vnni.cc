@@ -101,7 +101,23 @@ struct V {
 
 }  // namespace
 
-const Kernels kAvx512VnniKernels = {"avx512vnni", Gemm, Prepare, Quantize};
+namespace avx512vnni {
+
+void GemmRows(const GemmCall& call, int64_t row_begin, int64_t row_end, int64_t strip_begin, int64_t strip_end) {
+  Gemm(call, row_begin, row_end, strip_begin, strip_end);
+}
+
+void PrepareRows(const PackedWeights& weights, const uint8_t* a, int64_t rows, int8_t* prepared, int32_t* a_sum) {
+  Prepare(weights, a, rows, prepared, a_sum);
+}
+
+void QuantizeRows(const void* x, ElementType type, int64_t rows, int64_t k, uint8_t* y, float* scale) {
+  Quantize(x, type, rows, k, y, scale);
+}
+
+}  // namespace avx512vnni
+
+const Kernels kAvx512VnniKernels = {"avx512vnni", Gemm, Prepare, Quantize, 96};
 
 }  // namespace fptq::cpu
 FPTQ_TARGET_END

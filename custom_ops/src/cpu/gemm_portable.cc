@@ -79,6 +79,6 @@ void Prepare(const PackedWeights& w, const uint8_t* a, int64_t rows, int8_t* pre
 
 namespace fptq::cpu {
 
-const Kernels kPortableKernels = {"portable", portable::Gemm, portable::Prepare, portable::Quantize};
+const Kernels kPortableKernels = {"portable", portable::Gemm, portable::Prepare, portable::Quantize, 64};
 
 }  // namespace fptq::cpu

@@ -7,8 +7,14 @@ namespace {
 
 constexpr int64_t kPanelRows = 256;      // rows prepared at a time: bounds the scratch memory
 constexpr int64_t kTileRows = 16;        // kernels may read whole tiles: of rows, and of 64 bytes
-constexpr int64_t kStripsPerTask = 4;    // 64 channels
 constexpr int64_t kSmallWork = 1 << 18;  // multiply-adds that are not worth a second thread
+
+// A task's weights should stay in a second-level cache while its rows pass, and with few rows be worth a dispatch.
+int64_t StripsPerTask(const PackedWeights& w, int64_t rows) {
+  const int64_t bytes = rows <= 16 ? 64 << 10 : 256 << 10;
+  const int64_t strips = bytes / (w.octets * kOctetBytes);
+  return std::min<int64_t>(std::max<int64_t>(strips / 4 * 4, 4), 16);
+}
 
 }  // namespace
 
@@ -43,9 +49,13 @@ void W4A8Gemm::Run(const Call& call, const Parallel& parallel) const {
     gemm.zero_offset = call.a_zero_point - kActivationOffset;
     gemm.type = type_;
     gemm.y = static_cast<char*>(call.y) + static_cast<size_t>(first * w.n) * element_bytes;
-    pool.For(CeilDiv(w.strips, kStripsPerTask), [&](int64_t task) {
-      const int64_t strip = task * kStripsPerTask;
-      kernels_.gemm(gemm, 0, rows, strip, std::min(w.strips, strip + kStripsPerTask));
+    const int64_t task_strips = StripsPerTask(w, rows);
+    const int64_t task_rows = kernels_.rows_per_task;
+    const int64_t strip_tasks = CeilDiv(w.strips, task_strips);
+    pool.For(strip_tasks * CeilDiv(rows, task_rows), [&](int64_t task) {
+      const int64_t strip = task % strip_tasks * task_strips;
+      const int64_t row = task / strip_tasks * task_rows;
+      kernels_.gemm(gemm, row, std::min(rows, row + task_rows), strip, std::min(w.strips, strip + task_strips));
     });
   }
 }

@@ -56,8 +56,8 @@ struct Tiles {
 
 }  // namespace
 
-const Kernels kEmulatedAmxKernels = {"amx (emulated tiles)", Gemm, kAvx512VnniKernels.prepare,
-                                     kAvx512VnniKernels.quantize};
+const Kernels kEmulatedAmxKernels = {"amx (emulated tiles)", Gemm, avx512vnni::PrepareRows, avx512vnni::QuantizeRows,
+                                     kMaxPanelRows};
 
 }  // namespace fptq::cpu
 FPTQ_TARGET_END

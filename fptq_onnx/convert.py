@@ -30,7 +30,7 @@ from fptq_onnx.passes.to_w4a8 import ToW4A8Pass
 from fptq_onnx.planning import GroupDecision, decide_groups, make_plan, observed_groups
 from fptq_onnx.progress import Progress, SilentProgress
 from fptq_onnx.quantization.plan import LayerPlan, Plan
-from fptq_onnx.quantizing import equalize, equalized_statistics, layer_quantization
+from fptq_onnx.quantizing import equalize, equalized_statistics, input_moments, layer_quantization
 from fptq_onnx.recipe import Recipe
 from fptq_onnx.report import LayerReport, Report, SkippedReport, Stopwatch, peak_memory_bytes, versions
 from fptq_onnx.runtime import PROVIDERS, Provider
@@ -141,13 +141,16 @@ def convert(
 
     with watch.stage("equalize"):
         applied = equalize(graph.model, decisions)
-        statistics = equalized_statistics(graph.model, statistics, applied, settings, data.observe)
+        statistics = equalized_statistics(graph.model, statistics, applied, settings, data)
         equalized = graph.model.clone()
+    with watch.stage("observe moments"):
+        moments = input_moments(graph.model, decisions, statistics, applied, settings, data)
     with watch.stage("quantize"):
-        quantization = layer_quantization(decisions, entries, statistics, settings)
+        methods: dict[str, str] = {}
+        quantization = layer_quantization(decisions, entries, statistics, moments, settings, methods)
         _rewrite(graph.model, quantization, output_format, progress)
         graph.model.metadata_props[RECIPE_KEY] = json.dumps(settings.resolved())
-        _complete_layers(report, graph.model, applied, decisions)
+        _complete_layers(report, graph.model, applied, methods, decisions)
     with watch.stage("save"):
         report.bytes_after = _bytes(graph.model)
         save_model(graph.model, target)
@@ -257,7 +260,11 @@ def _layer_report(layer: LinearLayer, entry: LayerPlan) -> LayerReport:
 
 
 def _complete_layers(
-    report: Report, model: ir.Model, applied: Mapping[str, AppliedScale], decisions: Sequence[GroupDecision]
+    report: Report,
+    model: ir.Model,
+    applied: Mapping[str, AppliedScale],
+    methods: Mapping[str, str],
+    decisions: Sequence[GroupDecision],
 ) -> None:
     """Fill in what is known only after the rewrite: where the scales went and the new sizes."""
     scales = {layer.name: applied.get(decided.name) for decided in decisions for layer in decided.group.layers}
@@ -266,6 +273,8 @@ def _complete_layers(
         scale = scales.get(layer.name)
         if scale is not None:
             layer.equalization = f"{scale.kind}: {scale.reason}"
+        if layer.name in methods:
+            layer.weight_method += f", {methods[layer.name]}"
         if layer.weight_method != "float":
             layer.bytes_after = _constant_bytes(nodes[layer.name])
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from fptq_onnx.calibration.calibration import Calibration
+from fptq_onnx.calibration.moments import SplitMoments
 from fptq_onnx.graph.linears import LinearLayer
 from fptq_onnx.passes.apply_equalization import AppliedScale, ApplyEqualizationPass
 from fptq_onnx.passes.replace_linears import (
@@ -20,13 +24,12 @@ from fptq_onnx.planning import GroupDecision
 from fptq_onnx.quantization.int4 import QuantizedWeight, quantize_weight
 from fptq_onnx.quantization.plan import LayerPlan
 from fptq_onnx.quantization.policy import Scheme
+from fptq_onnx.quantization.refine import refine
 from fptq_onnx.quantization.static_range import activation_qparams, static_bounds
 from fptq_onnx.quantization.statistics import ActivationStatistics
 from fptq_onnx.recipe import Recipe
 
-__all__ = ["Observe", "equalize", "equalized_statistics", "layer_quantization"]
-
-Observe = Callable[[ir.Model, Sequence[str]], dict[str, ActivationStatistics]]
+__all__ = ["equalize", "equalized_statistics", "input_moments", "layer_quantization"]
 
 
 def equalize(model: ir.Model, decisions: Sequence[GroupDecision]) -> dict[str, AppliedScale]:
@@ -42,11 +45,11 @@ def equalized_statistics(
     statistics: Mapping[str, ActivationStatistics],
     applied: Mapping[str, AppliedScale],
     settings: Recipe,
-    observe: Observe,
+    calibration: Calibration,
 ) -> dict[str, ActivationStatistics]:
     """Statistics of X / s by the name of X: exact from those of X, unless the range needs the new histogram."""
     if settings.activations.static_range != "absmax" and applied:
-        fresh = observe(model, [scale.activation for scale in applied.values()])
+        fresh = calibration.observe(model, [scale.activation for scale in applied.values()])
         return {**statistics, **{name: fresh[scale.activation] for name, scale in applied.items()}}
     divided = {
         name: dataclasses.replace(
@@ -83,14 +86,58 @@ def _float_dtype(layer: LinearLayer) -> npt.DTypeLike:
     return numpy_dtype
 
 
-def _weight(layer: LinearLayer, entry: LayerPlan, settings: Recipe) -> QuantizedWeight:
+def input_moments(
+    model: ir.Model,
+    decisions: Sequence[GroupDecision],
+    statistics: Mapping[str, ActivationStatistics],
+    applied: Mapping[str, AppliedScale],
+    settings: Recipe,
+    calibration: Calibration,
+) -> dict[str, SplitMoments]:
+    """Second moments of the equalized model's activations, by their names before equalization; empty if not needed."""
+    if not settings.weights.needs_moments:
+        return {}
+    values = {d.name: applied[d.name].activation if d.name in applied else d.name for d in decisions}
+    channels = {values[d.name]: d.group.k for d in decisions}
+    multiple = settings.weights.token_cap
+    caps = {
+        values[name]: math.inf
+        if multiple == 0 or name in applied
+        else multiple * float(np.median(statistics[name].token_absmax))
+        for name in values
+    }
+    found = calibration.moments(model, channels, caps)
+    return {name: found[value] for name, value in values.items()}
+
+
+def _weight(
+    layer: LinearLayer, entry: LayerPlan, moments: SplitMoments | None, settings: Recipe, methods: dict[str, str]
+) -> QuantizedWeight:
     assert entry.weight_method != "float"
+    weight, block_size, dtype = layer.weight_array(), min(entry.group_size, layer.k), _float_dtype(layer)
+    choice = settings.weights
+    if choice.rounding == "gptq" and moments is not None:
+        judge = moments.held_out if moments.held_out.tokens else moments.fit
+        refined = refine(
+            weight,
+            moments.fit,
+            judge,
+            block_size,
+            entry.weight_method,
+            dtype,
+            damping=choice.damping,
+            order=choice.order,
+            max_multiple=choice.scale_max_multiple,
+        )
+        methods[layer.name] = f"{refined.method}; {refined.reason}"
+        return refined.weight
     return quantize_weight(
-        layer.weight_array(),
-        min(entry.group_size, layer.k),
+        weight,
+        block_size,
         entry.weight_method,
-        _float_dtype(layer),
-        max_multiple=settings.weights.scale_max_multiple,
+        dtype,
+        importance=None if moments is None else np.diag(moments.fit.seen),
+        max_multiple=choice.scale_max_multiple,
     )
 
 
@@ -98,9 +145,20 @@ def layer_quantization(
     decisions: Sequence[GroupDecision],
     entries: Mapping[str, LayerPlan],
     statistics: Mapping[str, ActivationStatistics],
+    moments: Mapping[str, SplitMoments],
     settings: Recipe,
+    methods: dict[str, str],
 ) -> dict[str, LayerQuantization]:
-    """What the rewriting pass needs, by node name; weights are quantized when the pass reaches them."""
+    """What the rewriting pass needs, by node name; weights are quantized when the pass reaches them.
+
+    Args:
+        decisions: What happens to each activation.
+        entries: The plan by node name.
+        statistics: Of the equalized activations.
+        moments: From `input_moments`.
+        settings: The recipe.
+        methods: Filled with how each weight was refined, by node name, once it is.
+    """
     quantization = {}
     for decided in decisions:
         for layer in decided.group.layers:
@@ -108,8 +166,8 @@ def layer_quantization(
             if not entry.is_quantized:
                 continue
 
-            def weight(current: LinearLayer, entry: LayerPlan = entry) -> QuantizedWeight:
-                return _weight(current, entry, settings)
+            def weight(current: LinearLayer, entry: LayerPlan = entry, name: str = decided.name) -> QuantizedWeight:
+                return _weight(current, entry, moments.get(name), settings, methods)
 
             activation = _quantizer(entry.scheme, statistics[decided.name], _float_dtype(layer), settings)
             quantization[layer.name] = LayerQuantization(activation, None if entry.weight_method == "float" else weight)

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fptq_onnx.errors import RecipeError
+from fptq_onnx.quantization.gptq import Order
 from fptq_onnx.quantization.int4 import MAX_MULTIPLE, Grid
 from fptq_onnx.quantization.policy import EqualizationMethod, PolicySettings, Scheme
 from fptq_onnx.quantization.static_range import RangeMethod
@@ -101,6 +102,22 @@ class WeightRecipe(_Section):
     scale may be negative (llama.cpp's Q4_0). "mse_clip": the clip range of least squared weight error.
     "weighted_clip": of least error weighed by the mean square of each input channel (llama.cpp's imatrix, AWQ)."""
 
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    """"gptq" rounds the weights of a layer one row at a time and moves each row's error onto the rows still to come, by
+    the second moments of the layer's inputs (arXiv 2210.17323). It is kept only where held-out calibration batches
+    agree that it errs less than rounding to nearest."""
+
+    damping: float = Field(default=0.05, gt=0, le=1)
+    """GPTQ: fraction of the mean of the Hessian's diagonal that is added to the diagonal."""
+
+    order: Order = "activation"
+    """GPTQ: "activation" rounds the input channels of largest second moment first, with scales of the original weight;
+    "natural" goes through the channels as they lie and fits each group's scale to what is left then."""
+
+    token_cap: float = Field(default=16.0, ge=0)
+    """Tokens whose largest magnitude is over this multiple of the median token's are scaled down to it in the second
+    moments, so that attention sinks do not decide alone; 0 counts all tokens fully. Equalized activations need none."""
+
     scales: Literal["float", "integer"] = "float"
     """"integer": the scales of a column are base * i with |i| in 1..15, so that kernels can accumulate all of K in one
     int32 (QoQ's two-level scales, arXiv 2405.04532)."""
@@ -108,6 +125,11 @@ class WeightRecipe(_Section):
     def block_size(self, k: int) -> int:
         """Rows per scale for a weight of ``k`` rows."""
         return k if self.group_size == "channel" else self.group_size
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether quantizing a weight takes the second moments of its inputs."""
+        return self.format == "int4" and (self.rounding == "gptq" or self.grid == "weighted_clip")
 
     @property
     def scale_max_multiple(self) -> int:
@@ -160,6 +182,9 @@ class CalibrationRecipe(_Section):
 
     length: int = Field(default=512, ge=1)
     """Tokens per sequence; shortened to what the model accepts."""
+
+    moments_gib: float = Field(default=2.0, gt=0)
+    """Memory for second moments in GiB. Activations that do not fit together are observed in further passes."""
 
     seed: int = Field(default=0, ge=0)
     """Seed of everything random: which windows of the text, random tokens, random signs."""

@@ -12,7 +12,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from fptq_onnx.calibration.data import CalibrationData, calibration_data
-from fptq_onnx.calibration.runner import calibrate
+from fptq_onnx.calibration.memory_session import memory_session
+from fptq_onnx.calibration.moments import SecondMomentObserver, SplitMoments, passes_within
+from fptq_onnx.calibration.runner import calibrate, observe
 from fptq_onnx.calibration.tokens import find_tokenizer
 from fptq_onnx.graph.feeds import describe_inputs
 from fptq_onnx.progress import Progress
@@ -68,6 +70,44 @@ class Calibration:
         Raises:
             CalibrationError: The data are missing, empty or do not fit the model.
         """
+        observed = calibrate(
+            model,
+            activations,
+            self._batches(model),
+            leading_tokens=self._recipe.activations.leading_tokens,
+            providers=self._providers,
+            progress=self._progress,
+        )
+        return {name: activation.rest for name, activation in observed.items()}
+
+    def moments(
+        self, model: ir.Model, channels: Mapping[str, int], caps: Mapping[str, float]
+    ) -> dict[str, SplitMoments]:
+        """Second moments of activations by name, in as many passes over the data as the recipe's memory demands.
+
+        Args:
+            model: The model that the weights to be quantized belong to.
+            channels: Activation name -> K.
+            caps: Activation name -> the largest magnitude at which a token still counts fully.
+
+        Raises:
+            CalibrationError: As for `observe`.
+        """
+        found: dict[str, SplitMoments] = {}
+        for names in passes_within(channels, int(self._recipe.calibration.moments_gib * 2**30)):
+            observers = [SecondMomentObserver(name, channels[name], caps[name]) for name in names]
+            observe(
+                model,
+                observers,
+                self._batches(model),
+                session_factory=lambda copy: memory_session(copy, self._providers),
+                progress=self._progress,
+            )
+            found |= {name: observer.moments for name, observer in zip(names, observers, strict=True)}
+        return found
+
+    def _batches(self, model: ir.Model) -> _Tee:
+        """The data once more; opened when the first model asks."""
         if self.data is None:
             self.data = calibration_data(
                 self._source,
@@ -77,15 +117,7 @@ class Calibration:
                 length=self._recipe.calibration.length,
                 seed=self._recipe.calibration.seed,
             )
-        observed = calibrate(
-            model,
-            activations,
-            _Tee(self.data, self.sample, self._sample_tokens if not self.sample else 0),
-            leading_tokens=self._recipe.activations.leading_tokens,
-            providers=self._providers,
-            progress=self._progress,
-        )
-        return {name: activation.rest for name, activation in observed.items()}
+        return _Tee(self.data, self.sample, 0 if self.sample else self._sample_tokens)
 
 
 class _Tee(Iterable[Batch]):

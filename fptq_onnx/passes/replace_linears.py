@@ -122,7 +122,7 @@ class ReplaceLinearsPass(ir.passes.InPlacePass, abc.ABC):
         return self._dequantized[quantizer]
 
     def finish(self, layer: LinearLayer, matmul: ir.Node) -> None:
-        """Put `matmul` in the place of the layer's node; a Gemm's bias becomes an Add, as ops take no optional inputs."""
+        """Put `matmul` in the place of the layer's node; a Gemm's bias becomes an Add (ops take no optional inputs)."""
         if layer.bias is None or layer.bias_node is not None:
             replace_node(layer.node, [matmul])
             return

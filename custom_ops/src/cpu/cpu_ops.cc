@@ -7,6 +7,7 @@
 #include "common/dynamic_quantize_per_token_schema.h"
 #include "common/w4a8_matmul_schema.h"
 #include "cpu/isa.h"
+#include "cpu/mapped_memory.h"
 #include "cpu/w4a8_gemm.h"
 
 namespace fptq::cpu {
@@ -52,6 +53,8 @@ class W4A8MatMulKernel {
 
   explicit W4A8MatMulKernel(Ort::ConstKernelInfo info)
       : node_(W4A8MatMulNode::Read(info)), gemm_(SourceOf(node_), ChosenKernels()) {
+    // Only the packed copy is read from here on.
+    ReleasePages(node_.b, static_cast<size_t>((node_.k * node_.n + 1) / 2));
     node_.b = nullptr;
     node_.b_scale = nullptr;
   }

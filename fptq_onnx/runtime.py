@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Provider", "session"]
+__all__ = ["PROVIDERS", "Provider", "session"]
 
 import logging
 import os
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 Provider = Literal["cpu", "cuda"]
 
-_EXECUTION_PROVIDERS: dict[Provider, list[str]] = {
+PROVIDERS: dict[Provider, list[str]] = {
     "cpu": ["CPUExecutionProvider"],
     "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
 }
@@ -110,7 +110,7 @@ def _require_cuda(ort: ModuleType, register_library: bool) -> None:
 def _open(
     ort: ModuleType, path: Path, where: str, options: onnxruntime.SessionOptions, provider: Provider
 ) -> onnxruntime.InferenceSession:
-    providers = _EXECUTION_PROVIDERS[provider]
+    providers = PROVIDERS[provider]
     try:
         opened = ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # onnxruntime's exceptions share no base class

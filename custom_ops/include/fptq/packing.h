@@ -56,6 +56,7 @@ struct Layout {
   int64_t k_blocks = 0;    ///< ceil(k / 128)
   int64_t scale_rows = 0;  ///< rows of scales per strip; whole blocks of them where a block has several
   int promotion_k = 0;     ///< 32, 64 or 128 rows of K per promotion
+  int blocks_per_row = 1;  ///< blocks that share a row of scales, where promotion_k is 128
 
   FPTQ_HD static Layout Of(int64_t k, int64_t n, int64_t block_size) {
     Layout layout;
@@ -65,6 +66,7 @@ struct Layout {
     layout.strips = CeilDiv(n, kStripN);
     layout.k_blocks = CeilDiv(k, kBlockK);
     layout.promotion_k = PromotionK(k, block_size);
+    layout.blocks_per_row = static_cast<int>(block_size >= k ? layout.k_blocks : CeilDiv(block_size, kBlockK));
     const int64_t groups = CeilDiv(k, block_size);
     const int64_t per_block = layout.RowsPerBlock();
     layout.scale_rows = CeilDiv(groups, per_block) * per_block;
@@ -76,7 +78,7 @@ struct Layout {
   /// First row of scales of a block. The fast kernels only: promotion_k > 0.
   FPTQ_HD constexpr int FirstScaleRow(int k_block) const {
     if (promotion_k < kBlockK) return k_block * (kBlockK / promotion_k);
-    return block_size >= k ? 0 : k_block / static_cast<int>(block_size / kBlockK);
+    return blocks_per_row == 1 ? k_block : k_block / blocks_per_row;
   }
   /// Row of scales of a tensor-core step, counted from the block's first.
   FPTQ_HD constexpr int ScaleRowOfStep(int step) const {

@@ -39,7 +39,7 @@ struct Config {
   int tile_m = 0;   ///< tokens
   int tile_n = 0;   ///< channels
   int split_k = 0;  ///< CTAs of a cluster that share a tile
-  int stages = 0;   ///< depth of the shared-memory ring
+  int stages = 0;   ///< depth of the shared-memory ring; streaming kernel: of all groups' rings together
   int clusters = 0; ///< streaming kernel: clusters of split_k CTAs
 };
 
@@ -95,11 +95,18 @@ inline int ChooseSplit(int64_t tiles, int64_t slots, int blocks, int least) {
 /// Groups of four warps in a CTA of the streaming kernel, each with a strip of its own.
 FPTQ_HD constexpr int StreamGroups(int tokens) { return tokens <= 16 ? 4 : 2; }
 
-/// Shared memory of a CTA of the streaming kernel. The activations of its share of K stay for its whole life; the ring
-/// carries blocks of weights with their scales; `inbox` receives the sums of the other CTAs of the cluster, twice per
+/// Blocks of a strip that a stage of the streaming kernel's ring holds: the copy engine takes few large requests better
+/// than many small ones.
+inline constexpr int kChunkBlocks = 2;
+/// Warps that keep the rings full; group g is served by producer g % kStreamProducers.
+inline constexpr int kStreamProducers = 2;
+
+/// Shared memory of a CTA of the streaming kernel. The activations of its share of K stay for its whole life; every
+/// group has a ring of its own (so that a group may run ahead of another: a barrier's parity tells one lap from the next
+/// only) that carries chunks of weights with their scales; `inbox` receives the sums of the other CTAs of the cluster, twice per
 /// group because a round is read while the next one arrives.
 struct StreamMemory {
-  int tile_bytes, scale_bytes, inbox_bytes;             ///< of one block of K; of one stage; of one group and round
+  int tile_bytes, scale_bytes, inbox_bytes;             ///< of one block of K; of a block's; of one group and round
   int inbox, weights, scales, barriers, barrier_count;  ///< offsets; activations are at 0
   int total;
 
@@ -111,8 +118,8 @@ struct StreamMemory {
     memory.inbox_bytes = tokens * packing::kStripN * 4;
     memory.inbox = blocks * memory.tile_bytes;
     memory.weights = memory.inbox + 2 * StreamGroups(tokens) * memory.inbox_bytes;
-    memory.scales = memory.weights + stages * packing::kBlockBytes;
-    memory.barriers = memory.scales + stages * scale_bytes;
+    memory.scales = memory.weights + stages * kChunkBlocks * packing::kBlockBytes;
+    memory.barriers = memory.scales + stages * kChunkBlocks * scale_bytes;
     memory.barrier_count = 2 * stages + 2 * StreamGroups(tokens) + 1;
     memory.total = memory.barriers + memory.barrier_count * 8;
     return memory;
@@ -145,14 +152,14 @@ inline Config ChooseStream(const DeviceLimits& device, const packing::Layout& la
   // Two CTAs on a multiprocessor, so that the next kernel's weights arrive while this one finishes; one if need be.
   const auto stages = [&](int split) {
     int depth = 0;
-    for (int ctas = 2; ctas >= 1 && depth < 8; --ctas) {
+    for (int ctas = 2; ctas >= 1 && depth < 2 * groups; --ctas) {
       int room = device.shared_per_multiprocessor / ctas - 1024;
       if (room > device.shared_per_cta) room = device.shared_per_cta;
       const int share = (blocks + split - 1) / split;
       depth = 0;
-      while (depth < 32 && StreamMemory::Of(config.tile_m, share, depth + 1, scale_bytes).total <= room) ++depth;
+      while (depth < 24 && StreamMemory::Of(config.tile_m, share, depth + 1, scale_bytes).total <= room) ++depth;
     }
-    return depth < 4 ? 0 : depth;
+    return depth < groups ? 0 : depth / groups * groups;
   };
   const auto per_cluster = [&](int split) {
     const int clusters = device.multiprocessors / split;
@@ -174,7 +181,7 @@ inline Config ChooseStream(const DeviceLimits& device, const packing::Layout& la
   }
   config.tile_n = packing::kStripN;
   config.clusters = (strips + per_cluster(config.split_k) - 1) / per_cluster(config.split_k);
-  if (config.stages == 0) config.stages = stages(config.split_k);
+  config.stages = config.stages == 0 ? stages(config.split_k) : (config.stages + groups - 1) / groups * groups;
   return config;
 }
 

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <string>
+#include <type_traits>
 
 #include "cuda/kernels.h"
 #include "cuda/numeric.cuh"
@@ -37,6 +38,17 @@ struct MatMulArguments {
   int split;   ///< CTAs of a cluster that share a tile
   int stages;  ///< depth of the shared-memory ring
 };
+
+/// How a kernel scales its integer sums.
+enum class Promotion {
+  kBlock,    ///< float scales, one group (or part of one) per 128 rows of K
+  kStep,     ///< float scales, groups of 32 or 64
+  kInteger,  ///< integer-structured scales: one int32 sum over all K
+};
+
+FPTQ_HD constexpr Encoding EncodingOf(Promotion promotion) {
+  return promotion == Promotion::kInteger ? Encoding::kInteger : Encoding::kFloat;
+}
 
 /// The map of A [m, k] for tiles of `rows` rows x 128 bytes, swizzled. Encoded on the host, passed by value.
 CUtensorMap ActivationMap(const Device& device, const MatMulCall& call, int64_t k, int rows);
@@ -135,6 +147,18 @@ void ForType(DataType type, Body&& body) {
       return body(__half{});
     case DataType::kBFloat16:
       return body(__nv_bfloat16{});
+  }
+}
+
+/// Calls `body(std::integral_constant<Promotion, ...>{})` for what the weights need.
+template <class Body>
+void ForPromotion(const WeightView& weights, Body&& body) {
+  if (weights.encoding == Encoding::kInteger) {
+    body(std::integral_constant<Promotion, Promotion::kInteger>{});
+  } else if (weights.layout.promotion_k == kBlockK) {
+    body(std::integral_constant<Promotion, Promotion::kBlock>{});
+  } else {
+    body(std::integral_constant<Promotion, Promotion::kStep>{});
   }
 }
 

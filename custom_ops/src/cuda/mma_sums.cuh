@@ -10,10 +10,11 @@ namespace fptq::cuda {
 inline constexpr int kMmaCentre = 128;
 
 /// The sums that one thread holds: kTokens / 8 fragments of 16 channels x 8 tokens.
-template <class T, Encoding kEncoding, int kTokens>
+template <class T, Promotion kPromotion, int kTokens>
 class MmaSums {
   static constexpr int kFragments = kTokens / 8;
-  static constexpr bool kFloat = kEncoding == Encoding::kFloat;
+  static constexpr bool kFloat = kPromotion != Promotion::kInteger;
+  using ScalePair = typename Numeric<T>::Pair;
 
  public:
   /// Adds one block: `weights` and `scales` of the thread's strip, `tile` the activations.
@@ -21,7 +22,9 @@ class MmaSums {
                       const packing::Layout& layout) {
     const int thread = threadIdx.x % kGroupThreads;
     const int lane = threadIdx.x % 32;
-    const int channel = packing::ThreadChannel(thread);
+    const uint8_t* own_scales = scales + packing::ThreadChannel(thread) * (kFloat ? sizeof(T) : 2);
+    packing::SpreadScales multipliers;
+    if constexpr (!kFloat) multipliers = packing::Spread(*reinterpret_cast<const uint32_t*>(own_scales));
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const uint4 words = *reinterpret_cast<const uint4*>(weights + half * kHalfBytes + thread * 16);
@@ -38,22 +41,22 @@ class MmaSums {
         const int step = 2 * half + s;
         const uint32_t even = s == 0 ? words.x : words.z;
         const uint32_t odd = s == 0 ? words.y : words.w;
-        const int row = layout.ScaleRowOfStep(step);
         packing::Fragment fragment;
         if constexpr (kFloat) {
           fragment = packing::UnpackFloat(even, odd);
         } else {
-          const uint32_t pair = *reinterpret_cast<const uint32_t*>(scales + (row * kStripN + channel) * 2);
-          fragment = packing::UnpackInteger(even, odd, packing::Spread(pair));
+          if (step > 0 && layout.promotion_k != kBlockK) {
+            multipliers = packing::Spread(
+                *reinterpret_cast<const uint32_t*>(own_scales + layout.ScaleRowOfStep(step) * kStripN * 2));
+          }
+          fragment = packing::UnpackInteger(even, odd, multipliers);
         }
 #pragma unroll
         for (int j = 0; j < kFragments; ++j) ptx::MmaS8(partial_[j], fragment.a, b[j][2 * s], b[j][2 * s + 1]);
-        if constexpr (kFloat) {
-          if (layout.PromotesAfterStep(step)) {
-            using Pair = typename Numeric<T>::Pair;
-            Promote(Numeric<T>::ToFloat2(
-                *reinterpret_cast<const Pair*>(scales + (row * kStripN + channel) * sizeof(T))));
-          }
+        if constexpr (kPromotion == Promotion::kStep) {
+          if (layout.PromotesAfterStep(step)) Promote(own_scales + layout.ScaleRowOfStep(step) * kStripN * sizeof(T));
+        } else if constexpr (kPromotion == Promotion::kBlock) {
+          if (step == kStepsPerBlock - 1) Promote(own_scales);
         }
       }
     }
@@ -80,7 +83,8 @@ class MmaSums {
   }
 
  private:
-  __device__ void Promote(float2 scale) {
+  __device__ void Promote(const uint8_t* scales) {
+    const float2 scale = Numeric<T>::ToFloat2(*reinterpret_cast<const ScalePair*>(scales));
 #pragma unroll
     for (int j = 0; j < kFragments; ++j) {
 #pragma unroll

@@ -2,10 +2,12 @@
 // its 16-row operand and tokens as the 8-column one. See README.md for the pipeline.
 //
 // The CTAs of a cluster share K: rank r holds the activations of its share in shared memory for its whole life and
-// multiplies that share of every strip of the cluster. Roles: groups of four warps, each with a strip of its own, and one
-// producer thread that keeps the ring of weight blocks full, in the order in which the groups want them. When a group
+// multiplies that share of every strip of the cluster. Roles: groups of four warps, each with a strip of its own, and two
+// producer warps that keep the groups' rings of weight chunks full. When a group
 // has finished its share of a strip, every thread sends its sums to the ranks that own them (asynchronous stores into
 // their inbox); each rank adds the shares of its part of the strip in rank order: no atomics, the same bytes every run.
+
+#include <climits>
 
 #include "cuda/mma_sums.cuh"
 
@@ -16,7 +18,7 @@ template <int kTokens>
 struct StreamShape {
   static constexpr int kGroups = plan::StreamGroups(kTokens);
   static constexpr int kConsumerThreads = kGroups * kGroupThreads;
-  static constexpr int kThreads = kConsumerThreads + 32;
+  static constexpr int kThreads = kConsumerThreads + 32 * plan::kStreamProducers;
   static constexpr int kPairs = kTokens * kStripN / 2;  // of neighbouring channels in a strip's tile
 };
 
@@ -26,7 +28,7 @@ class StreamCta {
 
  public:
   __device__ StreamCta(const MatMulArguments& args, uint8_t* shared_memory)
-      : args(args), split(args.split), rank(static_cast<int>(blockIdx.x) % split),
+      : args(args), split(args.split), rank(static_cast<int>(blockIdx.x) % split), depth(args.stages / Shape::kGroups),
         work(plan::StreamWork::Of(static_cast<int>(args.weights.layout.strips), static_cast<int>(blockIdx.x) / split,
                                   static_cast<int>(gridDim.x) / split)),
         blocks(plan::Share(static_cast<int>(args.weights.layout.k_blocks), rank, split)),
@@ -37,8 +39,16 @@ class StreamCta {
         full(reinterpret_cast<uint64_t*>(shared + memory.barriers)), empty(full + args.stages),
         received(empty + args.stages), activations(received + 2 * Shape::kGroups) {}
 
+  __device__ uint8_t* ChunkWeights(int stage) const {
+    return shared + memory.weights + stage * (plan::kChunkBlocks * kBlockBytes);
+  }
+  __device__ uint8_t* ChunkScales(int stage) const {
+    return shared + memory.scales + stage * (plan::kChunkBlocks * memory.scale_bytes);
+  }
+
   const MatMulArguments& args;
   int split, rank;
+  int depth;  ///< stages of one group's ring; stage s of group g is number s * groups + g
   plan::StreamWork work;
   plan::Range blocks;
   int first_row;
@@ -49,70 +59,70 @@ class StreamCta {
   uint64_t* activations;
 };
 
-/// Position in the ring: stage and the parity of its barriers.
+/// Position in the rings, the same for all groups that are still active: lap parity and stage of the group.
 struct RingPosition {
   int stage = 0;
   uint32_t parity = 0;
 
-  __device__ void Advance(int by, int stages) {
-    stage += by;
-    if (stage >= stages) {
-      stage -= stages;
+  __device__ void Advance(int depth) {
+    if (++stage == depth) {
+      stage = 0;
       parity ^= 1;
     }
   }
 };
 
-/// One thread: weights first, which are constants, then the activations, once the kernels ahead have written them.
+/// One thread per producer: weights first, which are constants, then the activations, once the kernels ahead have written
+/// them.
 template <int kTokens>
-__device__ __forceinline__ void Produce(const StreamCta<kTokens>& cta, const CUtensorMap& map) {
+__device__ __forceinline__ void Produce(const StreamCta<kTokens>& cta, const CUtensorMap& map, int producer) {
   using Shape = StreamShape<kTokens>;
   const WeightView& w = cta.args.weights;
   const packing::Layout& layout = w.layout;
-  const int stages = cta.args.stages;
-  const int scale_bytes = cta.memory.scale_bytes;
   const int row_bytes = kStripN * w.ScaleBytes();
-  const int64_t strip_bytes = layout.k_blocks * kBlockBytes;
+  const int rows_per_block = static_cast<int>(layout.RowsPerBlock());
   const int64_t strip_scale_bytes = layout.scale_rows * row_bytes;
   const uint64_t policy = ptx::EvictFirstPolicy();
-  int ahead = stages;  // blocks to ask for before the activations
   const auto load_activations = [&] {
     ptx::WaitForPredecessors();
     const int count = cta.blocks.end - cta.blocks.begin;
     ptx::BarrierArriveExpect(cta.activations, static_cast<uint32_t>(count * cta.memory.tile_bytes));
     const uint64_t keep = ptx::EvictLastPolicy();
+#pragma unroll 1
     for (int i = 0; i < count; ++i) {
       ptx::BulkCopyTile(cta.shared + i * cta.memory.tile_bytes, &map, (cta.blocks.begin + i) * kBlockK, cta.first_row,
                         cta.activations, keep);
     }
   };
+  int before_activations = producer == 0 ? cta.depth : INT_MAX;  // chunks per group of the first filling
   RingPosition at;
   for (int round = 0; round < cta.work.Rounds(Shape::kGroups); ++round) {
     const int active = cta.work.Active(round, Shape::kGroups);
     const int strip = cta.work.strips.begin + round * Shape::kGroups;
-    const uint8_t* blocks = w.blocks + layout.BlockOffset(strip, 0);
-    const uint8_t* scales = static_cast<const uint8_t*>(w.scales) + strip * strip_scale_bytes;
-    for (int block = cta.blocks.begin; block < cta.blocks.end; ++block) {
-      const uint8_t* from = blocks + int64_t{block} * kBlockBytes;
-      const uint8_t* scales_from = scales + layout.FirstScaleRow(block) * row_bytes;
-      for (int group = 0; group < active; ++group) {
-        if (ahead-- == 0) load_activations();
-        uint64_t* full = cta.full + at.stage;
-        ptx::BarrierWait(cta.empty + at.stage, at.parity ^ 1);
-        ptx::BarrierArriveExpect(full, static_cast<uint32_t>(kBlockBytes + scale_bytes));
-        ptx::BulkCopy(cta.shared + cta.memory.weights + at.stage * kBlockBytes, from, kBlockBytes, full, policy);
-        ptx::BulkCopy(cta.shared + cta.memory.scales + at.stage * scale_bytes, scales_from,
-                      static_cast<uint32_t>(scale_bytes), full, policy);
-        from += strip_bytes;
-        scales_from += strip_scale_bytes;
-        at.Advance(1, stages);
+    for (int block = cta.blocks.begin; block < cta.blocks.end; block += plan::kChunkBlocks) {
+      const int count = min(plan::kChunkBlocks, cta.blocks.end - block);
+      const int first_row = layout.FirstScaleRow(block);
+      const int scale_bytes = (layout.FirstScaleRow(block + count - 1) - first_row + rows_per_block) * row_bytes;
+      const uint8_t* blocks = w.blocks + layout.BlockOffset(strip, block);
+      const uint8_t* scales = static_cast<const uint8_t*>(w.scales) + strip * strip_scale_bytes + first_row * row_bytes;
+      if (before_activations-- == 0) load_activations();
+      for (int group = producer; group < active; group += plan::kStreamProducers) {
+        const int stage = at.stage * Shape::kGroups + group;
+        uint64_t* full = cta.full + stage;
+        ptx::BarrierWait(cta.empty + stage, at.parity ^ 1);
+        ptx::BarrierArriveExpect(full, static_cast<uint32_t>(count * kBlockBytes + scale_bytes));
+        ptx::BulkCopy(cta.ChunkWeights(stage), blocks + group * layout.k_blocks * kBlockBytes,
+                      static_cast<uint32_t>(count * kBlockBytes), full, policy);
+        ptx::BulkCopy(cta.ChunkScales(stage), scales + group * strip_scale_bytes, static_cast<uint32_t>(scale_bytes),
+                      full, policy);
       }
+      at.Advance(cta.depth);
     }
   }
-  if (ahead >= 0) load_activations();
+  if (producer == 0 && before_activations >= 0) load_activations();
 }
 
-template <class T, Encoding kEncoding, int kTokens>
+template <class T, Promotion kPromotion, int kTokens>
 __device__ __forceinline__ void Consume(const StreamCta<kTokens>& cta) {
   using Shape = StreamShape<kTokens>;
   const packing::Layout& layout = cta.args.weights.layout;
@@ -121,6 +131,7 @@ __device__ __forceinline__ void Consume(const StreamCta<kTokens>& cta) {
   const int thread = static_cast<int>(threadIdx.x) % kGroupThreads;
   const int share = Shape::kPairs / cta.split;  // pairs of a strip that each rank owns
   const int mine = cta.rank * share;
+  const int row_bytes = kStripN * cta.args.weights.ScaleBytes();
   uint64_t* received = cta.received + 2 * group;
   uint2* inbox = reinterpret_cast<uint2*>(cta.shared + cta.memory.inbox + 2 * group * memory.inbox_bytes);
   ptx::WaitForPredecessors();
@@ -128,24 +139,31 @@ __device__ __forceinline__ void Consume(const StreamCta<kTokens>& cta) {
     ptx::PrefetchLine(cta.args.call.a_scale + cta.first_row + thread);
   }
 
-  MmaSums<T, kEncoding, kTokens> sums;
+  MmaSums<T, kPromotion, kTokens> sums;
   RingPosition at;
-  at.Advance(group, cta.args.stages);
   for (int round = 0; round < cta.work.Rounds(Shape::kGroups); ++round) {
-    const int active = cta.work.Active(round, Shape::kGroups);
-    if (group >= active) break;
+    if (group >= cta.work.Active(round, Shape::kGroups)) break;
     // This round's inbox: the sums of all ranks for this rank's pairs of the strip.
     uint2* slots = inbox + round % 2 * Shape::kPairs;
     if (thread == 0) ptx::BarrierArriveExpect(received + round % 2, static_cast<uint32_t>(Shape::kPairs * 8));
     sums.Clear();
     if (round == 0) ptx::BarrierWait(cta.activations, 0);
-    for (int i = 0; i < cta.blocks.end - cta.blocks.begin; ++i) {
-      ptx::BarrierWait(cta.full + at.stage, at.parity);
-      sums.Add(cta.shared + memory.weights + at.stage * kBlockBytes,
-               cta.shared + memory.scales + at.stage * memory.scale_bytes, cta.shared + i * memory.tile_bytes, layout);
+    for (int block = cta.blocks.begin; block < cta.blocks.end; block += plan::kChunkBlocks) {
+      const int count = min(plan::kChunkBlocks, cta.blocks.end - block);
+      const int stage = at.stage * Shape::kGroups + group;
+      const uint8_t* weights = cta.ChunkWeights(stage);
+      const uint8_t* scales = cta.ChunkScales(stage);
+      const uint8_t* tile = cta.shared + (block - cta.blocks.begin) * memory.tile_bytes;
+      const int first_row = layout.FirstScaleRow(block);
+      ptx::BarrierWait(cta.full + stage, at.parity);
+#pragma unroll 1
+      for (int i = 0; i < count; ++i) {
+        sums.Add(weights + i * kBlockBytes, scales + (layout.FirstScaleRow(block + i) - first_row) * row_bytes,
+                 tile + i * memory.tile_bytes, layout);
+      }
       __syncwarp();
-      if (thread % 32 == 0) ptx::BarrierArrive(cta.empty + at.stage);
-      at.Advance(active, cta.args.stages);
+      if (thread % 32 == 0) ptx::BarrierArrive(cta.empty + stage);
+      at.Advance(cta.depth);
     }
 
 #pragma unroll
@@ -157,46 +175,44 @@ __device__ __forceinline__ void Consume(const StreamCta<kTokens>& cta) {
     }
     const int strip = cta.work.strips.begin + round * Shape::kGroups + group;
     const int64_t n = int64_t{strip} * kStripN + packing::ThreadChannel((mine + thread) % kGroupThreads);
-    const Epilogue<T, kEncoding> epilogue(cta.args, n, kMmaCentre);
+    const Epilogue<T, EncodingOf(kPromotion)> epilogue(cta.args, n, kMmaCentre);
     ptx::BarrierWait(received + round % 2, round / 2 & 1);
     for (int i = thread; i < share; i += kGroupThreads) {
       uint2 sum = slots[i];
-      for (int r = 1; r < cta.split; ++r) sum = AddSums<kEncoding>(sum, slots[r * share + i]);
+      for (int r = 1; r < cta.split; ++r) sum = AddSums<EncodingOf(kPromotion)>(sum, slots[r * share + i]);
       const int q = (mine + i) / kGroupThreads;
       epilogue.Store(cta.first_row + q / 2 * 8 + (mine + i) % 4 * 2 + q % 2, sum);
     }
   }
 }
 
-template <class T, Encoding kEncoding, int kTokens>
-__global__ void __launch_bounds__(StreamShape<kTokens>::kThreads, kTokens <= 32 ? 2 : 1)
+template <class T, Promotion kPromotion, int kTokens>
+__global__ void __launch_bounds__(StreamShape<kTokens>::kThreads, kTokens == 8 || kTokens == 32 ? 2 : 1)
     StreamKernel(const __grid_constant__ MatMulArguments args, const __grid_constant__ CUtensorMap map) {
 #if __CUDA_ARCH__ >= 900
   using Shape = StreamShape<kTokens>;
   extern __shared__ __align__(1024) uint8_t shared[];
   const StreamCta<kTokens> cta(args, shared);
-  const bool producer = threadIdx.x == Shape::kConsumerThreads;
-  if (producer) {
+  const int producer = (static_cast<int>(threadIdx.x) - Shape::kConsumerThreads) / 32;  // below 0 for consumers
+  if (threadIdx.x < 32) {
     ptx::PrefetchTensorMap(&map);
-    for (int stage = 0; stage < args.stages; ++stage) {
-      ptx::BarrierInit(cta.full + stage, 1);
-      ptx::BarrierInit(cta.empty + stage, kGroupThreads / 32);
+    for (int i = static_cast<int>(threadIdx.x); i < cta.memory.barrier_count; i += 32) {
+      const bool is_empty = i >= args.stages && i < 2 * args.stages;
+      ptx::BarrierInit(cta.full + i, is_empty ? kGroupThreads / 32 : 1);
     }
-    for (int i = 0; i < 2 * Shape::kGroups; ++i) ptx::BarrierInit(cta.received + i, 1);
-    ptx::BarrierInit(cta.activations, 1);
     ptx::BarrierInitFence();
   }
   __syncthreads();
   ptx::AllowSuccessors();
   ptx::ClusterArriveRelaxed();
-  if (producer) Produce(cta, map);
+  if (threadIdx.x >= Shape::kConsumerThreads && threadIdx.x % 32 == 0) Produce(cta, map, producer);
   __syncwarp();
   ptx::ClusterWait();  // the other ranks' barriers are ready
-  if (threadIdx.x < Shape::kConsumerThreads) Consume<T, kEncoding, kTokens>(cta);
+  if (threadIdx.x < Shape::kConsumerThreads) Consume<T, kPromotion, kTokens>(cta);
 #endif
 }
 
-template <class T, Encoding kEncoding, int kTokens>
+template <class T, Promotion kPromotion, int kTokens>
 void LaunchStreamKernel(const Device& device, const MatMulArguments& args, const Plan& plan, Stream stream) {
   const packing::Layout& layout = args.weights.layout;
   LaunchShape shape;
@@ -209,20 +225,20 @@ void LaunchStreamKernel(const Device& device, const MatMulArguments& args, const
   shape.cluster = args.split;
   shape.overlap = plan.overlap;
   const CUtensorMap map = ActivationMap(device, args.call, layout.k, kTokens);
-  Launch(StreamKernel<T, kEncoding, kTokens>, shape, stream, args, map);
+  Launch(StreamKernel<T, kPromotion, kTokens>, shape, stream, args, map);
 }
 
-template <class T, Encoding kEncoding>
+template <class T, Promotion kPromotion>
 void LaunchStreamOf(const Device& device, const MatMulArguments& args, const Plan& plan, Stream stream) {
   switch (plan.config.tile_m) {
     case 8:
-      return LaunchStreamKernel<T, kEncoding, 8>(device, args, plan, stream);
+      return LaunchStreamKernel<T, kPromotion, 8>(device, args, plan, stream);
     case 16:
-      return LaunchStreamKernel<T, kEncoding, 16>(device, args, plan, stream);
+      return LaunchStreamKernel<T, kPromotion, 16>(device, args, plan, stream);
     case 32:
-      return LaunchStreamKernel<T, kEncoding, 32>(device, args, plan, stream);
+      return LaunchStreamKernel<T, kPromotion, 32>(device, args, plan, stream);
     case 64:
-      return LaunchStreamKernel<T, kEncoding, 64>(device, args, plan, stream);
+      return LaunchStreamKernel<T, kPromotion, 64>(device, args, plan, stream);
     default:
       throw CudaError("the streaming kernel has no tile of " + std::to_string(plan.config.tile_m) + " tokens");
   }
@@ -232,12 +248,9 @@ void LaunchStreamOf(const Device& device, const MatMulArguments& args, const Pla
 
 void LaunchStream(const Device& device, const MatMulArguments& args, const Plan& plan, Stream stream) {
   ForType(args.weights.type, [&](auto zero) {
-    using T = decltype(zero);
-    if (args.weights.encoding == Encoding::kInteger) {
-      LaunchStreamOf<T, Encoding::kInteger>(device, args, plan, stream);
-    } else {
-      LaunchStreamOf<T, Encoding::kFloat>(device, args, plan, stream);
-    }
+    ForPromotion(args.weights, [&](auto promotion) {
+      LaunchStreamOf<decltype(zero), decltype(promotion)::value>(device, args, plan, stream);
+    });
   });
 }
 

@@ -104,7 +104,7 @@ class AsyncLoader {
   plan::RingMemory memory_;
 };
 
-template <class T, Encoding kEncoding, int kTokens, int kStrips>
+template <class T, Promotion kPromotion, int kTokens, int kStrips>
 __global__ void __launch_bounds__(kStrips* kGroupThreads) TileKernel(const __grid_constant__ MatMulArguments args) {
   extern __shared__ __align__(1024) uint8_t shared[];
   const packing::Layout& layout = args.weights.layout;
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kStrips* kGroupThreads) TileKernel(const __gri
   loader.Start();
   const plan::RingMemory memory = TileMemory<kTokens, kStrips>(args);
   const int strip = static_cast<int>(threadIdx.x) / kGroupThreads;
-  MmaSums<T, kEncoding, kTokens> sums;
+  MmaSums<T, kPromotion, kTokens> sums;
   for (int i = 0; i < layout.k_blocks; ++i) {
     const int stage = loader.Wait(i);
     if (strip >= work.strips) continue;
@@ -129,14 +129,14 @@ __global__ void __launch_bounds__(kStrips* kGroupThreads) TileKernel(const __gri
   const int thread = static_cast<int>(threadIdx.x) % kGroupThreads;
   const int64_t n = int64_t{work.first_strip + strip} * kStripN + packing::ThreadChannel(thread);
   if (n >= layout.n) return;
-  const Epilogue<T, kEncoding> epilogue(args, n, kMmaCentre);
+  const Epilogue<T, EncodingOf(kPromotion)> epilogue(args, n, kMmaCentre);
 #pragma unroll
   for (int q = 0; q < kTokens / 4; ++q) {
     epilogue.Store(work.first_row + q / 2 * 8 + thread % 4 * 2 + q % 2, sums.Pair(q / 2, q % 2));
   }
 }
 
-template <class T, Encoding kEncoding, int kTokens, int kStrips>
+template <class T, Promotion kPromotion, int kTokens, int kStrips>
 void LaunchTileKernel(const Device& device, const MatMulArguments& args, Stream stream) {
   // Tokens go along grid.y, which is limited; more of them take several launches.
   constexpr int64_t kMaxRows = int64_t{65535} * kTokens;
@@ -152,26 +152,23 @@ void LaunchTileKernel(const Device& device, const MatMulArguments& args, Stream 
     shape.threads = kStrips * kGroupThreads;
     shape.shared_bytes = TileMemory<kTokens, kStrips>(args).total;
     shape.overlap = device.HasBulkCopies();
-    Launch(TileKernel<T, kEncoding, kTokens, kStrips>, shape, stream, part);
+    Launch(TileKernel<T, kPromotion, kTokens, kStrips>, shape, stream, part);
   }
 }
 
-template <class T, Encoding kEncoding>
+template <class T, Promotion kPromotion>
 void LaunchTileOf(const Device& device, const MatMulArguments& args, Stream stream) {
-  if (args.call.m <= 8) return LaunchTileKernel<T, kEncoding, 8, 1>(device, args, stream);
-  return LaunchTileKernel<T, kEncoding, 64, 2>(device, args, stream);
+  if (args.call.m <= 8) return LaunchTileKernel<T, kPromotion, 8, 1>(device, args, stream);
+  return LaunchTileKernel<T, kPromotion, 64, 2>(device, args, stream);
 }
 
 }  // namespace
 
 void LaunchTile(const Device& device, const MatMulArguments& args, Stream stream) {
   ForType(args.weights.type, [&](auto zero) {
-    using T = decltype(zero);
-    if (args.weights.encoding == Encoding::kInteger) {
-      LaunchTileOf<T, Encoding::kInteger>(device, args, stream);
-    } else {
-      LaunchTileOf<T, Encoding::kFloat>(device, args, stream);
-    }
+    ForPromotion(args.weights, [&](auto promotion) {
+      LaunchTileOf<decltype(zero), decltype(promotion)::value>(device, args, stream);
+    });
   });
 }
 

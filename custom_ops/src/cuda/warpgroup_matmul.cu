@@ -21,13 +21,6 @@ constexpr int kProducerRegisters = 40;
 constexpr int kConsumerRegisters = 232;
 constexpr int kBand = 12;  // tiles along M that share weights in L2
 
-/// How sums are scaled.
-enum class Promotion {
-  kBlock,    ///< float scales, one group (or part of one) per 128 rows of K
-  kStep,     ///< float scales, groups of 32 or 64
-  kInteger,  ///< integer-structured scales: one int32 sum over all K
-};
-
 template <int kTokens, int kStrips>
 struct WarpgroupShape {
   static constexpr int kTileStrips = kConsumers * kStrips;
@@ -80,31 +73,30 @@ class WarpgroupCta {
   plan::Range blocks;
 };
 
-/// Fills the ring, tile after tile. One warp: lane s asks for the weights and scales of strip s, lane 0 also for the
-/// activations.
+/// Fills the ring, tile after tile. One thread of each producer warp: warp s asks for the weights and scales of strip s,
+/// warp 0 also for the activations. (One thread that asks for everything cannot keep up: a request takes it about 200
+/// clocks.)
 template <int kTokens, int kStrips>
-__device__ __forceinline__ void Produce(const WarpgroupCta<kTokens, kStrips>& cta, const CUtensorMap& map) {
+__device__ __forceinline__ void Produce(const WarpgroupCta<kTokens, kStrips>& cta, const CUtensorMap& map, int warp) {
   using Shape = WarpgroupShape<kTokens, kStrips>;
   const WeightView& w = cta.args.weights;
-  const int lane = static_cast<int>(threadIdx.x);
   const int scale_bytes = cta.memory.scale_bytes;
   const int row_bytes = kStripN * w.ScaleBytes();
   const uint64_t policy = ptx::EvictLastPolicy();
   RingPosition at;
-  bool waited = false;
+  bool waited = warp != 0;
   for (int index = cta.FirstTile(); index < cta.TileCount(); index += cta.TileStride()) {
     const plan::Tile tile = cta.TileAt(index);
-    const int strip = tile.n * Shape::kTileStrips + lane;
-    const int strips = min(Shape::kTileStrips, static_cast<int>(w.layout.strips) - tile.n * Shape::kTileStrips);
+    const int strip = tile.n * Shape::kTileStrips + warp;
+    const bool exists = strip < w.layout.strips;
     const uint8_t* blocks = w.blocks + w.layout.BlockOffset(strip, 0);
     const uint8_t* scales = static_cast<const uint8_t*>(w.scales) + w.layout.ScaleOffset(strip, 0) * w.ScaleBytes();
     for (int block = cta.blocks.begin; block < cta.blocks.end; ++block) {
       uint64_t* full = cta.full + at.stage;
       ptx::BarrierWait(cta.empty + at.stage, at.parity ^ 1);
-      if (lane == 0) ptx::BarrierArriveExpect(full, Shape::kTileBytes + strips * (kBlockBytes + scale_bytes));
-      __syncwarp();
-      if (lane < strips) {
-        const int slot = at.stage * Shape::kTileStrips + lane;
+      ptx::BarrierArriveExpect(full, (warp == 0 ? Shape::kTileBytes : 0) + (exists ? kBlockBytes + scale_bytes : 0));
+      if (exists) {
+        const int slot = at.stage * Shape::kTileStrips + warp;
         ptx::BulkCopy(cta.shared + cta.memory.weights + slot * kBlockBytes, blocks + int64_t{block} * kBlockBytes,
                       kBlockBytes, full, policy);
         ptx::BulkCopy(cta.shared + cta.memory.scales + slot * scale_bytes,
@@ -112,7 +104,7 @@ __device__ __forceinline__ void Produce(const WarpgroupCta<kTokens, kStrips>& ct
       }
       if (!waited) ptx::WaitForPredecessors();
       waited = true;
-      if (lane == 0) {
+      if (warp == 0) {
         ptx::BulkCopyTile(cta.shared + at.stage * Shape::kTileBytes, &map, block * kBlockK, tile.m * kTokens, full,
                           policy);
       }
@@ -128,7 +120,7 @@ class Consumer {
   using Pair = typename Numeric<T>::Pair;
   static constexpr int kSums = kTokens / 2;  // int32 per thread and strip
   static constexpr bool kInteger = kPromotion == Promotion::kInteger;
-  static constexpr Encoding kEncoding = kInteger ? Encoding::kInteger : Encoding::kFloat;
+  static constexpr Encoding kEncoding = EncodingOf(kPromotion);
 
  public:
   __device__ explicit Consumer(const WarpgroupCta<kTokens, kStrips>& cta)
@@ -246,8 +238,6 @@ class Consumer {
         const packing::SpreadScales scales = packing::Spread(Scales<uint32_t>(strip, row));
         const packing::SpreadScales next_scales =
             next_row == row ? scales : packing::Spread(Scales<uint32_t>(strip, next_row));
-        wgmma::Wait<1>();
-        if (item == 1 && released >= 0) Release(released);
         fragments[half][0] = packing::UnpackInteger(words.x, words.y, scales);
         fragments[half][1] = packing::UnpackInteger(words.z, words.w, next_scales);
         wgmma::Pin(fragments[half][0].a);
@@ -256,6 +246,8 @@ class Consumer {
         wgmma::Mma<kTokens>::Run(integer_[strip], fragments[half][0].a, tile + 4 * half, 1);
         wgmma::Mma<kTokens>::Run(integer_[strip], fragments[half][1].a, tile + 4 * half + 2, 1);
         wgmma::Commit();
+        wgmma::Wait<1>();
+        if (item == 0 && released >= 0) Release(released);
       }
       released = at_.stage;
       at_.Advance(cta_.args.stages);
@@ -342,7 +334,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     ptx::PrefetchTensorMap(&map);
     for (int stage = 0; stage < args.stages; ++stage) {
-      ptx::BarrierInit(cta.full + stage, 1);
+      ptx::BarrierInit(cta.full + stage, WarpgroupShape<kTokens, kStrips>::kTileStrips);
       ptx::BarrierInit(cta.empty + stage, kConsumerThreads / 32);
     }
     ptx::BarrierInitFence();
@@ -351,7 +343,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   ptx::AllowSuccessors();
   if (threadIdx.x < kGroupThreads) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kProducerRegisters));
-    if (threadIdx.x < 32) Produce(cta, map);
+    const int warp = static_cast<int>(threadIdx.x) / 32;
+    if (threadIdx.x % 32 == 0 && warp < WarpgroupShape<kTokens, kStrips>::kTileStrips) Produce(cta, map, warp);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kConsumerRegisters));
     Consumer<T, kPromotion, kTokens, kStrips>(cta).Run();
@@ -391,14 +384,9 @@ void LaunchTile(const Device& device, const MatMulArguments& args, const Plan& p
 
 void LaunchWarpgroup(const Device& device, const MatMulArguments& args, const Plan& plan, Stream stream) {
   ForType(args.weights.type, [&](auto zero) {
-    using T = decltype(zero);
-    if (args.weights.encoding == Encoding::kInteger) {
-      LaunchTile<T, Promotion::kInteger>(device, args, plan, stream);
-    } else if (args.weights.layout.promotion_k == kBlockK) {
-      LaunchTile<T, Promotion::kBlock>(device, args, plan, stream);
-    } else {
-      LaunchTile<T, Promotion::kStep>(device, args, plan, stream);
-    }
+    ForPromotion(args.weights, [&](auto promotion) {
+      LaunchTile<decltype(zero), decltype(promotion)::value>(device, args, plan, stream);
+    });
   });
 }
 

@@ -1,0 +1,405 @@
+// The CUDA kernels' index and bit maths, walked on the CPU: emulated warps and warpgroups compute real products from
+// packed bytes and must reproduce the int64 reference bit by bit.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "fptq/integer_scales.h"
+#include "fptq/packing.h"
+#include "fptq/tile_plan.h"
+
+namespace {
+
+using namespace fptq;           // NOLINT: a test of exactly these
+using namespace fptq::packing;  // NOLINT
+
+int failures = 0;
+
+#define EXPECT(condition, ...)                                                          \
+  do {                                                                                  \
+    if (!(condition)) {                                                                 \
+      ++failures;                                                                       \
+      std::printf("%s:%d: %s failed: ", __FILE__, __LINE__, #condition);                \
+      std::printf(__VA_ARGS__);                                                         \
+      std::printf("\n");                                                                \
+    }                                                                                   \
+  } while (false)
+
+int8_t Byte(uint32_t word, int i) { return static_cast<int8_t>(word >> (8 * i) & 0xFF); }
+
+/// A random weight with its packed form, as the packing kernels write it.
+struct Problem {
+  Layout layout;
+  Encoding encoding;
+  std::vector<uint8_t> b;        // int4 [k, n]
+  std::vector<int8_t> multiple;  // [groups, n], integer encoding
+  std::vector<uint32_t> blocks;
+  std::vector<IntegerScale> scales;  // [strips][scale_rows][64], integer encoding
+
+  int Q(int64_t k, int64_t n) const { return ReadInt4(b.data(), k * layout.n + n); }
+  int Multiple(int64_t row, int64_t n) const { return multiple[static_cast<size_t>(row * layout.n + n)]; }
+
+  Problem(int64_t k, int64_t n, int64_t block_size, Encoding encoding_in, std::mt19937* random)
+      : layout(Layout::Of(k, n, block_size)), encoding(encoding_in), b(static_cast<size_t>((k * n + 1) / 2)) {
+    for (uint8_t& byte : b) byte = static_cast<uint8_t>((*random)());
+    const int64_t groups = CeilDiv(k, block_size);
+    multiple.resize(static_cast<size_t>(groups * n));
+    for (int8_t& i : multiple) i = static_cast<int8_t>(static_cast<int>((*random)() % 31) - 15);
+    for (int64_t block = 0; block < layout.strips * layout.k_blocks; ++block) {
+      for (int word = 0; word < kWordsPerBlock; ++word) {
+        blocks.push_back(PackWord(layout, encoding, b.data(), block / layout.k_blocks, block % layout.k_blocks, word,
+                                  [&](int64_t row, int64_t column) { return Multiple(row, column); }));
+      }
+    }
+    scales.resize(static_cast<size_t>(layout.ScaleCount()), IntegerScale::Of(0));
+    for (int64_t column = 0; column < n; ++column) {
+      for (int64_t row = 0; row < groups; ++row) {
+        const int64_t at = layout.ScaleOffset(column / kStripN, row) + column % kStripN;
+        scales[static_cast<size_t>(at)] = IntegerScale::Of(Multiple(row, column));
+      }
+    }
+  }
+};
+
+/// The fragment of one thread and step, unpacked from the bytes that it loads.
+Fragment LoadFragment(const Problem& p, int64_t strip, int k_block, int step, int thread) {
+  const size_t first = static_cast<size_t>(p.layout.BlockOffset(strip, k_block) / 4 + step / 2 * (kHalfBytes / 4) +
+                                           thread * 4 + step % 2 * 2);
+  const uint32_t even = p.blocks[first];
+  const uint32_t odd = p.blocks[first + 1];
+  if (p.encoding == Encoding::kFloat) return UnpackFloat(even, odd);
+  const int64_t row = p.layout.FirstScaleRow(k_block) + p.layout.ScaleRowOfStep(step);
+  const size_t at = static_cast<size_t>(p.layout.ScaleOffset(strip, row) + ThreadChannel(thread));
+  const uint32_t pair = p.scales[at].magnitude | static_cast<uint32_t>(p.scales[at].offset) << 8 |
+                        static_cast<uint32_t>(p.scales[at + 1].magnitude) << 16 |
+                        static_cast<uint32_t>(p.scales[at + 1].offset) << 24;
+  return UnpackInteger(even, odd, Spread(pair));
+}
+
+/// One tensor-core step of a 128-thread group: the documented A fragment of mma.m16n8k32 and wgmma.m64nNk32 (thread
+/// t of warp w holds rows 16w + t/4 and + 8, bytes 4(t%4).. and + 16 of K). Adds to sums [64 channels].
+void AddStep(const Problem& p, int64_t strip, int k_block, int step, const uint8_t* activations, int centre,
+             std::vector<int32_t>* sums) {
+  for (int thread = 0; thread < kGroupThreads; ++thread) {
+    const Fragment fragment = LoadFragment(p, strip, k_block, step, thread);
+    for (int r = 0; r < 4; ++r) {
+      const int channel = ThreadChannel(thread) + r % 2;  // a0, a2: row; a1, a3: row + 8
+      const int first_k = step * kStepK + thread % 4 * 4 + r / 2 * 16;
+      for (int i = 0; i < 4; ++i) {
+        const int64_t k = int64_t{k_block} * kBlockK + first_k + i;
+        // What the copy engine brings for rows of K beyond the last is arbitrary: the weights there must be zero.
+        const int raw = k < p.layout.k ? activations[k] : 0xA5;
+        // Centre 128 is the kernels' exclusive-or with 0x80, read as int8.
+        const int a = centre == 128 ? static_cast<int8_t>(raw ^ 0x80) : raw;
+        (*sums)[static_cast<size_t>(channel)] += a * Byte(fragment.a[r], i);
+      }
+    }
+  }
+}
+
+void TestFragmentMap() {
+  std::set<int> seen;
+  for (int word = 0; word < kWordsPerBlock; ++word) {
+    const WordOrigin origin = OriginOfWord(word);
+    for (int nibble = 0; nibble < 8; ++nibble) {
+      const int k = (nibble % 2 == 0 ? origin.low_k : origin.high_k) + nibble / 2;
+      EXPECT(origin.channel >= 0 && origin.channel < kStripN && k >= 0 && k < kBlockK, "word %d", word);
+      seen.insert(origin.channel * kBlockK + k);
+      const NibblePlace place = PlaceOfValue(origin.channel, k);
+      EXPECT(place.word == word && place.shift == 4 * nibble, "word %d nibble %d", word, nibble);
+    }
+  }
+  EXPECT(seen.size() == kStripN * kBlockK, "values are placed %zu times", seen.size());
+}
+
+void TestUnpacking() {
+  for (int i = -kMaxScaleMultiple; i <= kMaxScaleMultiple; ++i) {
+    const IntegerScale scale = IntegerScale::Of(i);
+    const uint32_t pair = (scale.magnitude | static_cast<uint32_t>(scale.offset) << 8) * 0x00010001u;
+    for (int q = -8; q <= 7; ++q) {
+      for (int other = -8; other <= 7; ++other) {  // neighbours in the word must not disturb each other
+        uint32_t word = 0;
+        for (int nibble = 0; nibble < 8; ++nibble) {
+          word |= IntegerScale::Digit(nibble % 3 == 0 ? q : other, i) << (4 * nibble);
+        }
+        const Fragment fragment = UnpackInteger(word, word, Spread(pair));
+        for (int nibble = 0; nibble < 8; ++nibble) {
+          const int8_t value = Byte(fragment.a[nibble % 2 * 2], nibble / 2);
+          EXPECT(value == (nibble % 3 == 0 ? q : other) * i, "q %d i %d: %d", q, i, value);
+        }
+      }
+    }
+  }
+  for (uint32_t word : {0x01234567u, 0x89ABCDEFu, 0xFFFFFFFFu, 0x80808080u, 0x77777777u}) {
+    const Fragment fragment = UnpackFloat(word, ~word);
+    for (int nibble = 0; nibble < 8; ++nibble) {
+      const int q = static_cast<int>((word >> (4 * nibble) & 0xF) ^ 8) - 8;
+      EXPECT(Byte(fragment.a[nibble % 2 * 2], nibble / 2) == 16 * q, "nibble %d of %x", nibble, word);
+      EXPECT(Byte(fragment.a[1 + nibble % 2 * 2], nibble / 2) == 16 * (-1 - q), "nibble %d of ~%x", nibble, word);
+    }
+  }
+}
+
+/// Both encodings, both centres, every kind of edge, against int64.
+void TestProducts() {
+  std::mt19937 random(7);
+  struct Shape {
+    int64_t k, n, block_size;
+  };
+  for (const Shape shape : {Shape{128, 64, 128}, Shape{256, 65, 128}, Shape{300, 130, 32}, Shape{100, 7, 100},
+                            Shape{129, 1, 64}, Shape{640, 63, 256}, Shape{16, 200, 16}, Shape{1000, 33, 1000}}) {
+    for (const Encoding encoding : {Encoding::kFloat, Encoding::kInteger}) {
+      const Problem p(shape.k, shape.n, shape.block_size, encoding, &random);
+      const Layout& layout = p.layout;
+      EXPECT(layout.promotion_k != 0, "block size %lld", static_cast<long long>(shape.block_size));
+      std::vector<uint8_t> a(static_cast<size_t>(shape.k));
+      for (uint8_t& x : a) x = static_cast<uint8_t>(random());
+      const int zero_point = static_cast<int>(random() % 256);
+      for (const int centre : {0, 128}) {
+        for (int64_t strip = 0; strip < layout.strips; ++strip) {
+          std::vector<int32_t> whole(kStripN, 0);
+          for (int block = 0; block < layout.k_blocks; ++block) {
+            std::vector<int32_t> group(kStripN, 0);
+            int first_step = 0;
+            for (int step = 0; step < kStepsPerBlock; ++step) {
+              AddStep(p, strip, block, step, a.data(), centre, encoding == Encoding::kFloat ? &group : &whole);
+              if (encoding == Encoding::kInteger || !layout.PromotesAfterStep(step)) continue;
+              // One promotion of the float kernels: 16 * sum of (a - centre) * q over rows of one group of scales.
+              const int64_t begin = int64_t{block} * kBlockK + first_step * kStepK;
+              const int64_t end = std::min(shape.k, int64_t{block} * kBlockK + (step + 1) * kStepK);
+              const int64_t row = layout.FirstScaleRow(block) + layout.ScaleRowOfStep(step);
+              for (int c = 0; c < kStripN; ++c) {
+                const int64_t n = strip * kStripN + c;
+                int64_t expected = 0;
+                for (int64_t k = begin; n < shape.n && k < end; ++k) {
+                  expected += int64_t{16} * (a[static_cast<size_t>(k)] - centre) * p.Q(k, n);
+                  EXPECT(k / shape.block_size == row, "row %lld of scales for k %lld", static_cast<long long>(row),
+                         static_cast<long long>(k));
+                }
+                EXPECT(group[static_cast<size_t>(c)] == expected, "k %lld n %lld strip %lld block %d step %d channel %d",
+                       static_cast<long long>(shape.k), static_cast<long long>(shape.n), static_cast<long long>(strip),
+                       block, step, c);
+              }
+              std::fill(group.begin(), group.end(), 0);
+              first_step = step + 1;
+            }
+          }
+          if (encoding != Encoding::kInteger) continue;
+          for (int c = 0; c < kStripN && strip * kStripN + c < shape.n; ++c) {
+            const int64_t n = strip * kStripN + c;
+            int64_t expected = 0;
+            int64_t column_sum = 0;
+            for (int64_t k = 0; k < shape.k; ++k) {
+              const int64_t weight = p.Q(k, n) * p.Multiple(k / shape.block_size, n);
+              expected += (a[static_cast<size_t>(k)] - zero_point) * weight;
+              column_sum += weight;
+            }
+            const float y = DequantizeInteger(whole[static_cast<size_t>(c)], static_cast<int32_t>(column_sum), 1.0f,
+                                              centre, zero_point, 1.0f);
+            EXPECT(y == static_cast<float>(expected), "integer k %lld n %lld channel %d: %f",
+                   static_cast<long long>(shape.k), static_cast<long long>(n), c, static_cast<double>(y));
+          }
+        }
+      }
+    }
+  }
+  // The factor 16 and the zero point of the float encoding: exact where the sums are.
+  EXPECT(DequantizeFloat(16.0f * 1000, 7.0f, 128, 120, 0.5f) == 0.5f * (1000 + 8 * 7), "zero point");
+  // A sum that wraps is made right by the correction that wraps.
+  EXPECT(DequantizeInteger(INT32_MIN + 5, -1, 1.0f, 0, 100, 1.0f) ==
+             static_cast<float>(static_cast<int64_t>(INT32_MIN) + 105), "wrap");
+}
+
+void TestLayout() {
+  EXPECT(PromotionK(4096, 128) == 128 && PromotionK(4096, 256) == 128 && PromotionK(4096, 4096) == 128, "whole blocks");
+  EXPECT(PromotionK(100, 100) == 128 && PromotionK(48, 64) == 128, "one group");
+  EXPECT(PromotionK(4096, 32) == 32 && PromotionK(4096, 64) == 64, "parts of a block");
+  EXPECT(PromotionK(4096, 16) == 0 && PromotionK(4096, 96) == 0 && PromotionK(4096, 200) == 0, "reference kernel only");
+  for (int64_t k : {1, 31, 32, 127, 128, 129, 4096, 14336}) {
+    for (int64_t block_size : {int64_t{32}, int64_t{64}, int64_t{128}, int64_t{256}, int64_t{384}, k}) {
+      const Layout layout = Layout::Of(k, 65, block_size);
+      if (layout.promotion_k == 0) continue;
+      EXPECT(layout.strips == 2 && layout.WeightBytes() == 2 * layout.k_blocks * kBlockBytes, "sizes");
+      for (int block = 0; block < layout.k_blocks; ++block) {
+        const int64_t last = layout.FirstScaleRow(block) + layout.RowsPerBlock() - 1;
+        EXPECT(last < layout.scale_rows, "k %lld block size %lld: block %d reads row %lld of %lld",
+               static_cast<long long>(k), static_cast<long long>(block_size), block, static_cast<long long>(last),
+               static_cast<long long>(layout.scale_rows));
+      }
+    }
+  }
+  // Eight rows x 8 chunks of a swizzled tile: each 16-byte place once, and each column of chunks in eight bank groups.
+  for (int chunk = 0; chunk < 8; ++chunk) {
+    std::set<int> banks;
+    for (int row = 0; row < 8; ++row) banks.insert(SwizzledOffset(row, chunk) / 16 % 8);
+    EXPECT(banks.size() == 8, "chunk %d", chunk);
+  }
+}
+
+void TestTileOrder() {
+  for (int tiles_m : {1, 2, 11, 12, 13, 40}) {
+    for (int tiles_n : {1, 3, 56}) {
+      std::set<std::pair<int, int>> seen;
+      for (int i = 0; i < tiles_m * tiles_n; ++i) {
+        const plan::Tile tile = plan::TileAt(i, tiles_m, tiles_n, 12);
+        EXPECT(tile.m >= 0 && tile.m < tiles_m && tile.n >= 0 && tile.n < tiles_n, "%d of %d x %d", i, tiles_m, tiles_n);
+        seen.insert({tile.m, tile.n});
+      }
+      EXPECT(seen.size() == static_cast<size_t>(tiles_m * tiles_n), "%d x %d", tiles_m, tiles_n);
+    }
+  }
+  for (int count : {0, 1, 5, 32, 112}) {
+    for (int parts : {1, 2, 3, 4, 8}) {
+      int next = 0;
+      for (int part = 0; part < parts; ++part) {
+        const plan::Range range = plan::Share(count, part, parts);
+        EXPECT(range.begin == next && range.end >= range.begin, "%d / %d", count, parts);
+        EXPECT(range.end - range.begin <= CeilDiv(count, parts), "%d / %d", count, parts);
+        next = range.end;
+      }
+      EXPECT(next == count, "%d / %d", count, parts);
+    }
+  }
+}
+
+/// Walks the streaming kernel's schedule: every block of every strip once, group after group through its own ring, and
+/// the exchange of sums gives each pair of channels one owner and each inbox slot one writer.
+void TestStreamPlan() {
+  const plan::DeviceLimits h200{132, 227 * 1024, 228 * 1024};
+  for (int64_t k : {16, 128, 400, 4096, 14336, 28672}) {
+    for (int64_t n : {1, 64, 200, 4096, 6144, 14336, 28672}) {
+      const Layout layout = Layout::Of(k, n, 128);
+      for (int64_t m : {1, 8, 9, 16, 17, 32, 33, 64}) {
+        for (int scale_bytes : {128, 256, 512, 1024}) {
+          const plan::Config config = plan::ChooseStream(h200, layout, m, scale_bytes, {});
+          if (config.stages == 0) continue;  // the activations do not fit: another kernel runs
+          const int groups = plan::StreamGroups(config.tile_m);
+          const int split = config.split_k;
+          const int blocks = static_cast<int>(layout.k_blocks);
+          const auto memory = plan::StreamMemory::Of(config.tile_m, static_cast<int>(CeilDiv(blocks, split)),
+                                                     config.stages, scale_bytes);
+          EXPECT(memory.total <= h200.shared_per_cta, "%d bytes", memory.total);
+          EXPECT(config.stages % groups == 0 && config.stages >= groups, "%d stages", config.stages);
+          EXPECT(memory.inbox % 1024 == 0 && memory.weights % 128 == 0 && memory.scales % 128 == 0 &&
+                     memory.barriers % 8 == 0, "alignment");
+          EXPECT(split >= 2 && split <= 8 && config.tile_m >= std::min<int64_t>(m, 64), "plan");
+          if (m != 1 || scale_bytes != 128) continue;
+          std::vector<int> visits(static_cast<size_t>(layout.strips * blocks), 0);
+          for (int cluster = 0; cluster < config.clusters; ++cluster) {
+            const auto work = plan::StreamWork::Of(static_cast<int>(layout.strips), cluster, config.clusters);
+            for (int rank = 0; rank < split; ++rank) {
+              const plan::Range share = plan::Share(blocks, rank, split);
+              for (int round = 0; round < work.Rounds(groups); ++round) {
+                for (int group = 0; group < work.Active(round, groups); ++group) {
+                  const int strip = work.strips.begin + round * groups + group;
+                  for (int block = share.begin; block < share.end; ++block) ++visits[static_cast<size_t>(strip * blocks + block)];
+                }
+              }
+            }
+          }
+          EXPECT(std::all_of(visits.begin(), visits.end(), [](int v) { return v == 1; }), "k %lld n %lld",
+                 static_cast<long long>(k), static_cast<long long>(n));
+        }
+      }
+    }
+  }
+  for (int tokens : {8, 16, 32, 64}) {
+    for (int split : {2, 4, 8}) {
+      const int pairs = tokens * kStripN / 2;
+      const int share = pairs / split;
+      std::set<std::pair<int, int>> outputs;
+      for (int rank = 0; rank < split; ++rank) {
+        std::vector<int> writers(static_cast<size_t>(pairs), 0);  // inbox of this rank
+        for (int source = 0; source < split; ++source) {
+          for (int pair = 0; pair < pairs; ++pair) {
+            if (pair / share == rank) ++writers[static_cast<size_t>(source * share + pair % share)];
+          }
+        }
+        EXPECT(std::all_of(writers.begin(), writers.end(), [](int w) { return w == 1; }), "inbox of rank %d", rank);
+        for (int thread = 0; thread < kGroupThreads; ++thread) {
+          for (int i = thread; i < share; i += kGroupThreads) {  // as the kernel finishes its part
+            const int pair = rank * share + i;
+            const int channel = ThreadChannel((rank * share + thread) % kGroupThreads);
+            EXPECT(channel == ThreadChannel(pair % kGroupThreads), "channel of pair %d", pair);
+            const int q = pair / kGroupThreads;
+            outputs.insert({channel, q / 2 * 8 + pair % 4 * 2 + q % 2});
+          }
+        }
+      }
+      EXPECT(outputs.size() == static_cast<size_t>(pairs), "%d tokens, split %d", tokens, split);
+    }
+  }
+}
+
+void TestWarpgroupPlan() {
+  const plan::DeviceLimits h200{132, 227 * 1024, 228 * 1024};
+  for (int64_t k : {16, 128, 4096, 28672}) {
+    for (int64_t n : {1, 200, 4096, 28672}) {
+      for (int64_t m : {1, 64, 65, 128, 256, 1024, 8192}) {
+        for (int scale_bytes : {128, 256, 1024}) {
+          const Layout layout = Layout::Of(k, n, 128);
+          const plan::Config config = plan::ChooseWarpgroup(h200, layout, m, scale_bytes, scale_bytes < 1024, {});
+          const int strips = config.tile_n / kStripN;
+          const auto memory = plan::RingMemory::Of(config.tile_m, strips, config.stages, scale_bytes);
+          EXPECT(memory.total <= h200.shared_per_cta && config.stages >= 2, "%d bytes, %d stages", memory.total,
+                 config.stages);
+          EXPECT(memory.weights % 1024 == 0 && memory.scales % 128 == 0 && memory.barriers % 8 == 0, "alignment");
+          EXPECT(config.split_k == 1 || layout.k_blocks / config.split_k >= 4, "split %d", config.split_k);
+        }
+      }
+    }
+  }
+}
+
+void TestIntegerScales() {
+  std::mt19937 random(3);
+  for (int trial = 0; trial < 200; ++trial) {
+    const int64_t groups = 1 + random() % 8;
+    const int64_t n = 1 + random() % 5;
+    std::vector<float> scales(static_cast<size_t>(groups * n));
+    std::vector<float> base(static_cast<size_t>(n));
+    for (float& x : base) x = std::ldexp(static_cast<float>(8 + random() % 8), -12);  // 4 bits: exact times 15
+    for (int64_t g = 0; g < groups; ++g) {
+      for (int64_t c = 0; c < n; ++c) {
+        scales[static_cast<size_t>(g * n + c)] =
+            base[static_cast<size_t>(c)] * static_cast<float>(static_cast<int>(random() % 31) - 15);
+      }
+    }
+    IntegerScales found;
+    EXPECT(FindIntegerScales(scales, groups, n, 15, &found), "structured scales were not recognised");
+    for (int64_t i = 0; i < groups * n; ++i) {
+      const size_t at = static_cast<size_t>(i);
+      EXPECT(found.base[static_cast<size_t>(i % n)] * found.multiple[at] == scales[at], "scale %zu", at);
+      EXPECT(std::abs(found.multiple[at]) <= 15, "multiple %d", found.multiple[at]);
+    }
+    if (groups < 3) continue;  // two scales are easily multiples of something
+    scales[0] = scales[static_cast<size_t>(n)] * 1.2345f + 1e-3f;
+    scales[static_cast<size_t>(2 * n)] = 0.777f;
+    EXPECT(!FindIntegerScales(scales, groups, n, 15, &found), "arbitrary scales were taken for structured ones");
+  }
+  IntegerScales found;
+  EXPECT(FindIntegerScales({0, 0}, 2, 1, 15, &found) && found.multiple[0] == 0, "zero column");
+  EXPECT(!FindIntegerScales({1, INFINITY}, 2, 1, 15, &found), "infinite scale");
+}
+
+}  // namespace
+
+int main() {
+  TestFragmentMap();
+  TestUnpacking();
+  TestProducts();
+  TestLayout();
+  TestTileOrder();
+  TestStreamPlan();
+  TestWarpgroupPlan();
+  TestIntegerScales();
+  if (failures == 0) std::printf("all passed\n");
+  return failures == 0 ? 0 : 1;
+}

@@ -96,6 +96,7 @@ def test_cuda_without_cuda_kernels_is_an_error(monkeypatch: pytest.MonkeyPatch) 
         runtime.session(_model(), "cuda")
 
 
+@pytest.mark.filterwarnings("ignore:Specified provider")
 def test_cuda_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """onnxruntime itself only warns and runs on the CPU."""
     if "CUDAExecutionProvider" in ort.get_available_providers():

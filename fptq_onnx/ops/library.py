@@ -44,10 +44,10 @@ def get_library_path() -> Path:
         if not path.is_file():
             raise RuntimeUnavailableError(f"{LIBRARY_VARIABLE}={override}", "there is no such file", _BUILD_FIX)
         return path.resolve()
-    for folder in fptq_onnx.__path__:  # an editable install has two: the sources and the built files
-        path = Path(folder) / _FILE_NAME
-        if path.is_file():
-            return path
+    # An editable install has two folders, the sources and the built files, and a developer may build into both.
+    built = [path for folder in fptq_onnx.__path__ if (path := Path(folder) / _FILE_NAME).is_file()]
+    if built:
+        return max(built, key=lambda path: path.stat().st_mtime)
     raise RuntimeUnavailableError(_FILE_NAME, "the op library is not part of this installation", _BUILD_FIX)
 
 

@@ -129,12 +129,13 @@ def open_session(
     library: bool = True,
     level: ort.GraphOptimizationLevel = ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
     threads: int = 1,
+    severity: int = 4,
 ) -> ort.InferenceSession:
-    """A session with, or without, the op library."""
+    """A session with, or without, the op library; messages below `severity` are not logged."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.graph_optimization_level = level
-    options.log_severity_level = 4
+    options.log_severity_level = severity
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
     if library:
         options.register_custom_ops_library(library_path())

@@ -65,11 +65,13 @@ def test_all_kernels_give_the_reference(
             np.testing.assert_array_equal(result, results["portable"], err_msg=name)
 
 
-def test_scales_that_are_not_structured_still_give_the_reference() -> None:
-    """The attribute is a promise that the kernel checks and can do without."""
+def test_scales_that_are_not_structured_still_give_the_reference(capfd: pytest.CaptureFixture[str]) -> None:
+    """The attribute is a promise that the kernel checks, reports where it is broken, and can do without."""
     problem = op_models.random_problem(np.random.default_rng(0), [5], 256, 20, 64, "float32")
     model = op_models.matmul_model(problem["b"], problem["b_scale"], 64, scale_max_multiple=15)
-    (y,) = op_models.run(model, {"A": problem["a"], "a_scale": problem["a_scale"]})
+    session = op_models.open_session(model, severity=2)
+    assert "node 'the_node': scale_max_multiple is 15 but b_scale is not of that form" in capfd.readouterr().err
+    (y,) = session.run(None, {"A": problem["a"], "a_scale": problem["a_scale"]})
     expected = w4a8_matmul.reference(problem["a"], problem["a_scale"], 128, problem["b"], problem["b_scale"], 64)
     np.testing.assert_allclose(y, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 

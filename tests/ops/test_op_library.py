@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -36,6 +37,19 @@ def test_missing_library_is_explained(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr("fptq_onnx.__path__", [str(tmp_path)])
     with pytest.raises(RuntimeUnavailableError, match=r"not part of this installation. Build it with `pip install .`"):
         ops.get_library_path()
+
+
+def test_the_most_recent_build_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(library.LIBRARY_VARIABLE, raising=False)
+    folders = [tmp_path / name for name in ("installed", "sources")]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "libfptq_ops.so").write_bytes(b"")
+    monkeypatch.setattr("fptq_onnx.__path__", [str(folder) for folder in folders])
+    for newest in folders:
+        for folder in folders:
+            os.utime(folder / "libfptq_ops.so", (0, 2 if folder == newest else 1))
+        assert ops.get_library_path() == newest / "libfptq_ops.so"
 
 
 def test_exports_one_symbol_and_needs_no_onnxruntime() -> None:

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "common/dynamic_quantize_per_token_schema.h"
@@ -53,6 +54,12 @@ class W4A8MatMulKernel {
 
   explicit W4A8MatMulKernel(Ort::ConstKernelInfo info)
       : node_(W4A8MatMulNode::Read(info)), gemm_(SourceOf(node_), ChosenKernels()) {
+    if (node_.scale_max_multiple > 0 && !gemm_.weights().structured) {
+      const std::string text =
+          Concat("fptq.W4A8MatMul node '", node_.location.name, "': scale_max_multiple is ", node_.scale_max_multiple,
+                 " but b_scale is not of that form (or K is too long). The kernel uses the scales as they are.");
+      info.GetLogger().LogMessage(ORT_LOGGING_LEVEL_WARNING, ORT_FILE, __LINE__, "W4A8MatMul", text.c_str());
+    }
     // Only the packed copy is read from here on.
     ReleasePages(node_.b, static_cast<size_t>((node_.k * node_.n + 1) / 2));
     node_.b = nullptr;

@@ -23,6 +23,9 @@ _CHUNK_ROWS = 4096
 class InputMoments:
     """Sums over tokens that say everything about a linear layer's squared output error.
 
+    Every token counts, the attention sinks at the start of a sequence above all: weights compensated without them lose
+    the massive activations that all later tokens attend to, and the model with them.
+
     With X' the inputs that the quantized model gives the layer and X those of the float model:
 
     Attributes:

@@ -12,10 +12,13 @@ ones. With --cold the caches are filled with other data before every call.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import platform
+import re
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -246,6 +249,30 @@ def machine() -> dict[str, Any]:
     }
 
 
+def _commit() -> str | None:
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _unavailable(description: dict[str, Any]) -> dict[str, str]:
+    if "amx_int8" in description["vector_sets"]:
+        return {}
+    return {"AMX kernels": "this processor has no AMX; all rows are measured without"}
+
+
+def _record_path(created: str, cpu: str) -> Path:
+    """The name that tools/records/README.md asks for; no record is replaced."""
+    stem = f"{created[:10]}-{re.sub(r'[^a-z0-9]+', '-', cpu.lower()).strip('-')}-cpu-kernels"
+    names = [stem, *(f"{stem}-{i}" for i in range(2, 1000))]
+    return next(path for name in names if not (path := RECORDS / f"{name}.json").exists())
+
+
 def _print(console: Console, results: list[dict[str, Any]]) -> None:
     table = Table(title="time of fptq relative to each contender (below 1: fptq is faster)")
     for column in ["shape", "M", "threads", "fptq ms", "structured ms", *PEERS]:
@@ -272,7 +299,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.5, help="time per contender and case")
     parser.add_argument("--cold", action="store_true", help="fill the caches with other data before every call")
-    parser.add_argument("--json", type=Path, default=RECORDS / "bench_cpu.json", help="record to write")
+    parser.add_argument("--json", type=Path, help="record to write (default: a new file in tools/records)")
     arguments = parser.parse_args()
 
     other_data = np.zeros(96 << 20, np.uint8)
@@ -288,14 +315,27 @@ def main() -> None:
                 times = measure(_timers(k, n, rows, threads, sessions, evict), arguments.rounds, arguments.seconds)
                 results.append({"k": k, "n": n, "rows": rows, "threads": threads, "times": times})
                 progress.advance(task)
+    description = machine()
+    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     record = {
+        "kind": "cpu-kernels",
+        "created": created,
+        "commit": _commit(),
         "command": " ".join(["python", "tools/bench_cpu.py", *sys.argv[1:]]),
-        "cold_caches": arguments.cold,
-        "machine": machine(),
-        "results": results,
+        "machine": description,
+        "protocol": {
+            "unit": "milliseconds: median, least and greatest over rounds of a round's median",
+            "clock": "processor time of the calling thread with one thread, wall time with more",
+            "rounds": arguments.rounds,
+            "caches": "filled with other data before every call" if arguments.cold else "warm",
+            "fptq": "DynamicQuantizePerToken + W4A8MatMul, float32 in and out, groups of min(128, K)",
+        },
+        "unavailable": _unavailable(description),
+        "rows": results,
     }
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    path = arguments.json or _record_path(created, description["cpu"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     _print(Console(width=180), results)
 
 

@@ -23,6 +23,7 @@ from fptq_onnx.graph.model_file import load_model, save_model
 from fptq_onnx.graph.opset import ensure_opset
 from fptq_onnx.passes.add_functions import AddFunctionsPass
 from fptq_onnx.passes.apply_equalization import AppliedScale
+from fptq_onnx.passes.inline_functions import InlineFunctionsPass
 from fptq_onnx.passes.replace_linears import LayerQuantization, ReplaceLinearsPass
 from fptq_onnx.passes.to_matmulnbits import ToMatMulNBitsPass
 from fptq_onnx.passes.to_qdq import ToQdqPass
@@ -235,7 +236,7 @@ def _rewrite(
         PASSES[output_format](quantization, on_layer=lambda name: advance(1))(model)
     AddFunctionsPass()(model)
     if output_format == "qdq":
-        onnx_ir.passes.common.InlinePass()(model)
+        InlineFunctionsPass()(model)
     onnx_ir.passes.common.RemoveUnusedNodesPass()(model)
 
 

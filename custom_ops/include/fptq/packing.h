@@ -1,7 +1,8 @@
 // The packed form of int4 weights that every CUDA kernel reads, as host/device maths.
 //
-// B [K, N] is cut into blocks of 64 channels x 128 rows of K, 4 KB each; the blocks of one 64-channel strip follow each
-// other along K, so that a CTA that walks along K reads one contiguous stream. A block holds the A operand of four
+// B [K, N] is cut into blocks of 64 channels x 128 rows of K, 4 KB each, followed by the block's own scales; the blocks
+// of one 64-channel strip follow each other along K, so that a CTA that walks along K reads one contiguous stream and
+// asks for weights and scales at once. A block holds the A operand of four
 // tensor-core steps (32 rows of K each) in fragment order: thread t of a 128-thread group finds all it needs for steps
 // 2h and 2h+1 in one 16-byte word at byte h * 2048 + t * 16. The fragment map is that of mma.m16n8k32 (warp w of the
 // group holds channels 16w..16w+15 of the strip) and of wgmma.m64nNk32 with A in registers, which is the same.
@@ -52,13 +53,13 @@ FPTQ_HD constexpr int PromotionK(int64_t k, int64_t block_size) {
 struct Layout {
   int64_t k = 0, n = 0;
   int64_t block_size = 0;
-  int64_t strips = 0;      ///< ceil(n / 64)
-  int64_t k_blocks = 0;    ///< ceil(k / 128)
-  int64_t scale_rows = 0;  ///< rows of scales per strip; whole blocks of them where a block has several
-  int promotion_k = 0;     ///< 32, 64 or 128 rows of K per promotion
-  int blocks_per_row = 1;  ///< blocks that share a row of scales, where promotion_k is 128
+  int64_t strips = 0;       ///< ceil(n / 64)
+  int64_t k_blocks = 0;     ///< ceil(k / 128)
+  int promotion_k = 0;      ///< 32, 64 or 128 rows of K per promotion; 0 for the reference kernel only
+  int block_stride = 0;     ///< bytes from one block to the next: 4096 and its scales [RowsPerBlock()][64]
 
-  FPTQ_HD static Layout Of(int64_t k, int64_t n, int64_t block_size) {
+  /// `scale_bytes`: of one scale (IntegerScale has 2).
+  FPTQ_HD static Layout Of(int64_t k, int64_t n, int64_t block_size, int scale_bytes) {
     Layout layout;
     layout.k = k;
     layout.n = n;
@@ -66,21 +67,17 @@ struct Layout {
     layout.strips = CeilDiv(n, kStripN);
     layout.k_blocks = CeilDiv(k, kBlockK);
     layout.promotion_k = PromotionK(k, block_size);
-    layout.blocks_per_row = static_cast<int>(block_size >= k ? layout.k_blocks : CeilDiv(block_size, kBlockK));
-    const int64_t groups = CeilDiv(k, block_size);
-    const int64_t per_block = layout.RowsPerBlock();
-    layout.scale_rows = CeilDiv(groups, per_block) * per_block;
+    layout.block_stride = kBlockBytes + layout.RowsPerBlock() * kStripN * scale_bytes;
     return layout;
   }
 
-  /// Rows of scales that one block needs: 1, 2 or 4.
-  FPTQ_HD constexpr int64_t RowsPerBlock() const { return promotion_k == 0 ? 1 : kBlockK / promotion_k; }
-  /// First row of scales of a block. The fast kernels only: promotion_k > 0.
-  FPTQ_HD constexpr int FirstScaleRow(int k_block) const {
-    if (promotion_k < kBlockK) return k_block * (kBlockK / promotion_k);
-    return blocks_per_row == 1 ? k_block : k_block / blocks_per_row;
+  /// Rows of scales of one block: 1, 2 or 4; 0 where scales are kept outside the blocks, for the reference kernel.
+  FPTQ_HD constexpr int RowsPerBlock() const { return promotion_k == 0 ? 0 : kBlockK / promotion_k; }
+  /// The group whose scale is row `row` of a block. A group of several blocks is repeated in each of them.
+  FPTQ_HD constexpr int64_t GroupOf(int64_t k_block, int row) const {
+    return (k_block * kBlockK + int64_t{row} * promotion_k) / block_size;
   }
-  /// Row of scales of a tensor-core step, counted from the block's first.
+  /// Row of scales of a tensor-core step in its block.
   FPTQ_HD constexpr int ScaleRowOfStep(int step) const {
     return promotion_k == kBlockK ? 0 : promotion_k == 2 * kStepK ? step / 2 : step;
   }
@@ -88,15 +85,11 @@ struct Layout {
   FPTQ_HD constexpr bool PromotesAfterStep(int step) const {
     return step == kStepsPerBlock - 1 || promotion_k == kStepK || (promotion_k == 2 * kStepK && step % 2 == 1);
   }
-  FPTQ_HD constexpr int64_t WeightBytes() const { return strips * k_blocks * kBlockBytes; }
+  FPTQ_HD constexpr int64_t StripBytes() const { return k_blocks * block_stride; }
+  FPTQ_HD constexpr int64_t WeightBytes() const { return strips * StripBytes(); }
   FPTQ_HD constexpr int64_t BlockOffset(int64_t strip, int64_t k_block) const {
-    return (strip * k_blocks + k_block) * kBlockBytes;
+    return strip * StripBytes() + k_block * block_stride;
   }
-  /// In elements; scales are [strips][scale_rows][64].
-  FPTQ_HD constexpr int64_t ScaleOffset(int64_t strip, int64_t row) const {
-    return (strip * scale_rows + row) * kStripN;
-  }
-  FPTQ_HD constexpr int64_t ScaleCount() const { return strips * scale_rows * kStripN; }
 };
 
 /// Channel, within the strip, of matrix row 0 of thread `thread` (0..127); row 8 is the next channel.

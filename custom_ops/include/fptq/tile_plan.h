@@ -43,21 +43,19 @@ struct Config {
   int clusters = 0; ///< streaming kernel: clusters of split_k CTAs
 };
 
-/// Places in the shared memory of a CTA: a ring of stages of 128 rows of K, each a tile of activations, the blocks of
-/// `strips` strips and their scales. Tiles come first: the copy engine's swizzle wants them aligned to 1 KB.
+/// Places in the shared memory of a CTA: a ring of stages of 128 rows of K, each a tile of activations and one block (with
+/// its scales) of each of `strips` strips. Tiles come first: the copy engine's swizzle wants them aligned to 1 KB.
 /// When the ring is empty, the sums of a split tile take its place.
 struct RingMemory {
-  int tile_bytes, weight_bytes, scale_bytes;  ///< of one stage; scale_bytes of one strip
-  int weights, scales, barriers, total;       ///< offsets, and the whole
+  int tile_bytes, block_stride;  ///< of one stage; of one strip and stage
+  int weights, barriers, total;  ///< offsets, and the whole
 
-  FPTQ_HD static constexpr RingMemory Of(int tokens, int strips, int stages, int scale_bytes) {
+  FPTQ_HD static constexpr RingMemory Of(int tokens, int strips, int stages, int block_stride) {
     RingMemory memory{};
     memory.tile_bytes = tokens * packing::kBlockK;
-    memory.weight_bytes = strips * packing::kBlockBytes;
-    memory.scale_bytes = scale_bytes;
+    memory.block_stride = block_stride;
     memory.weights = stages * memory.tile_bytes;
-    memory.scales = memory.weights + stages * memory.weight_bytes;
-    memory.barriers = memory.scales + stages * strips * scale_bytes;
+    memory.barriers = memory.weights + stages * strips * block_stride;
     memory.total = memory.barriers + stages * 16;
     const int sums = tokens * strips * packing::kStripN * 4;
     if (memory.total < sums) memory.total = sums;
@@ -73,22 +71,23 @@ struct DeviceLimits {
   int multiprocessors;
   int shared_per_cta;
   int shared_per_multiprocessor;
+  int clusters[9];  ///< [size]: clusters of 1, 2, 4 or 8 CTAs that run at once, one CTA on each multiprocessor
 };
 
 /// Deepest ring of at most `blocks` stages that lets `ctas` CTAs share a multiprocessor.
-inline int DeepestRing(const DeviceLimits& device, int ctas, int blocks, int tokens, int strips, int scale_bytes) {
+inline int DeepestRing(const DeviceLimits& device, int ctas, int blocks, int tokens, int strips, int block_stride) {
   constexpr int kReserved = 1024;  // that CUDA takes from each CTA
   int room = device.shared_per_multiprocessor / ctas - kReserved;
   if (room > device.shared_per_cta) room = device.shared_per_cta;
   int stages = 1;
-  while (stages < blocks && RingMemory::Of(tokens, strips, stages + 1, scale_bytes).total <= room) ++stages;
+  while (stages < blocks && RingMemory::Of(tokens, strips, stages + 1, block_stride).total <= room) ++stages;
   return stages;
 }
 
-/// Doubles `split` while the CTAs still fit `slots` and each keeps at least `least` blocks.
-inline int ChooseSplit(int64_t tiles, int64_t slots, int blocks, int least) {
+/// Doubles `split` while the clusters still run at once and each CTA keeps at least `least` blocks.
+inline int ChooseSplit(const DeviceLimits& device, int64_t tiles, int blocks, int least) {
   int split = 1;
-  while (split < 8 && tiles * split * 2 <= slots && blocks / (split * 2) >= least) split *= 2;
+  while (split < 8 && tiles <= device.clusters[split * 2] && blocks / (split * 2) >= least) split *= 2;
   return split;
 }
 
@@ -103,23 +102,22 @@ inline constexpr int kStreamProducers = 2;
 
 /// Shared memory of a CTA of the streaming kernel. The activations of its share of K stay for its whole life; every
 /// group has a ring of its own (so that a group may run ahead of another: a barrier's parity tells one lap from the next
-/// only) that carries chunks of weights with their scales; `inbox` receives the sums of the other CTAs of the cluster, twice per
+/// only) that carries chunks of weights; `inbox` receives the sums of the other CTAs of the cluster, twice per
 /// group because a round is read while the next one arrives.
 struct StreamMemory {
-  int tile_bytes, scale_bytes, inbox_bytes;             ///< of one block of K; of a block's; of one group and round
-  int inbox, weights, scales, barriers, barrier_count;  ///< offsets; activations are at 0
+  int tile_bytes, chunk_bytes, inbox_bytes;    ///< of one block of K; of one stage; of one group and round
+  int inbox, weights, barriers, barrier_count;  ///< offsets; activations are at 0
   int total;
 
   /// `blocks`: the largest share of K of a rank, in blocks.
-  FPTQ_HD static constexpr StreamMemory Of(int tokens, int blocks, int stages, int scale_bytes) {
+  FPTQ_HD static constexpr StreamMemory Of(int tokens, int blocks, int stages, int block_stride) {
     StreamMemory memory{};
     memory.tile_bytes = tokens * packing::kBlockK;
-    memory.scale_bytes = scale_bytes;
+    memory.chunk_bytes = kChunkBlocks * block_stride;
     memory.inbox_bytes = tokens * packing::kStripN * 4;
     memory.inbox = blocks * memory.tile_bytes;
     memory.weights = memory.inbox + 2 * StreamGroups(tokens) * memory.inbox_bytes;
-    memory.scales = memory.weights + stages * kChunkBlocks * packing::kBlockBytes;
-    memory.barriers = memory.scales + stages * kChunkBlocks * scale_bytes;
+    memory.barriers = memory.weights + stages * memory.chunk_bytes;
     memory.barrier_count = 2 * stages + 2 * StreamGroups(tokens) + 1;
     memory.total = memory.barriers + memory.barrier_count * 8;
     return memory;
@@ -142,7 +140,7 @@ struct StreamWork {
 };
 
 /// The streaming kernel for m tokens: clusters of at least two CTAs share K, strips are dealt to clusters evenly. stages = 0 if the activations do not fit: then the kernel cannot run.
-inline Config ChooseStream(const DeviceLimits& device, const packing::Layout& layout, int64_t m, int scale_bytes,
+inline Config ChooseStream(const DeviceLimits& device, const packing::Layout& layout, int64_t m,
                            Config config) {
   if (config.tile_m == 0) config.tile_m = m <= 8 ? 8 : m <= 16 ? 16 : m <= 32 ? 32 : 64;
   if (config.split_k == 1) config.split_k = 2;
@@ -157,21 +155,26 @@ inline Config ChooseStream(const DeviceLimits& device, const packing::Layout& la
       if (room > device.shared_per_cta) room = device.shared_per_cta;
       const int share = (blocks + split - 1) / split;
       depth = 0;
-      while (depth < 24 && StreamMemory::Of(config.tile_m, share, depth + 1, scale_bytes).total <= room) ++depth;
+      while (depth < 24 && StreamMemory::Of(config.tile_m, share, depth + 1, layout.block_stride).total <= room) ++depth;
     }
     return depth < groups ? 0 : depth / groups * groups;
   };
   const auto per_cluster = [&](int split) {
-    const int clusters = device.multiprocessors / split;
-    return (strips + clusters - 1) / clusters;
+    return (strips + device.clusters[split] - 1) / device.clusters[split];
   };
   if (config.split_k == 0) {
     int64_t best = INT64_MAX;
     for (int split = 2; split <= 8; split *= 2) {
       if (split > 2 && blocks / split < 2) continue;
       if (stages(split) == 0) continue;
-      const int idle = per_cluster(split) < groups ? groups - per_cluster(split) : 0;
-      const int64_t cost = (int64_t{per_cluster(split)} * ((blocks + split - 1) / split) * 64 + idle) * 8 + split / 2;
+      // Clocks: the multiprocessor's share of the bandwidth, or the time of a group's own chain of blocks (measured).
+      const int64_t share = (blocks + split - 1) / split;
+      const int64_t per = per_cluster(split);
+      const int64_t rounds = (per + groups - 1) / groups;
+      const int64_t active = per < groups ? per : groups;
+      const int64_t bandwidth = 220 * per * share;
+      const int64_t latency = rounds * share * (250 + 80 * active + 10 * config.tile_m);
+      const int64_t cost = (bandwidth > latency ? bandwidth : latency) + 100 * split;
       if (cost < best) {
         best = cost;
         config.split_k = split;
@@ -186,8 +189,8 @@ inline Config ChooseStream(const DeviceLimits& device, const packing::Layout& la
 }
 
 /// The warpgroup kernel for m tokens: one CTA per multiprocessor. `wide`: tiles of 256 channels are allowed.
-inline Config ChooseWarpgroup(const DeviceLimits& device, const packing::Layout& layout, int64_t m, int scale_bytes,
-                              bool wide, Config config) {
+inline Config ChooseWarpgroup(const DeviceLimits& device, const packing::Layout& layout, int64_t m, bool wide,
+                              Config config) {
   if (config.tile_m == 0) config.tile_m = m <= 64 ? 64 : 128;
   if (config.tile_n == 0) {
     const int64_t tiles = packing::CeilDiv(m, config.tile_m) * packing::CeilDiv(layout.strips, 4);
@@ -196,8 +199,8 @@ inline Config ChooseWarpgroup(const DeviceLimits& device, const packing::Layout&
   const int strips = config.tile_n / packing::kStripN;
   const int blocks = static_cast<int>(layout.k_blocks);
   const int64_t tiles = packing::CeilDiv(layout.strips, strips) * packing::CeilDiv(m, config.tile_m);
-  if (config.split_k == 0) config.split_k = ChooseSplit(tiles, device.multiprocessors, blocks, 4);
-  if (config.stages == 0) config.stages = DeepestRing(device, 1, 64, config.tile_m, strips, scale_bytes);
+  if (config.split_k == 0) config.split_k = ChooseSplit(device, tiles, blocks, 4);
+  if (config.stages == 0) config.stages = DeepestRing(device, 1, 64, config.tile_m, strips, layout.block_stride);
   return config;
 }
 

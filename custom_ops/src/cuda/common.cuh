@@ -168,6 +168,9 @@ void LaunchWarpgroup(const Device& device, const MatMulArguments& args, const Pl
 void LaunchTile(const Device& device, const MatMulArguments& args, Stream stream);
 void LaunchReference(const Device& device, const MatMulArguments& args, Stream stream);
 
+/// Clusters of `size` CTAs that the current device runs at once, one CTA of the streaming kernel on each multiprocessor.
+int MaxActiveClusters(const Device& device, int size);
+
 }  // namespace fptq::cuda
 
 #endif  // FPTQ_CUDA_COMMON_CUH_

@@ -36,7 +36,13 @@ struct Device {
 
   int shared_per_multiprocessor = 0;
 
-  plan::DeviceLimits Limits() const { return {multiprocessors, max_shared_bytes, shared_per_multiprocessor}; }
+  int clusters[9] = {};  ///< see plan::DeviceLimits; zeros before sm_90
+
+  plan::DeviceLimits Limits() const {
+    plan::DeviceLimits limits{multiprocessors, max_shared_bytes, shared_per_multiprocessor, {}};
+    for (int size : {1, 2, 4, 8}) limits.clusters[size] = clusters[size];
+    return limits;
+  }
   bool HasBulkCopies() const { return capability >= 90; }
   bool HasWgmma() const { return capability == 90; }
 
@@ -62,15 +68,10 @@ struct WeightView {
   packing::Layout layout;
   packing::Encoding encoding = packing::Encoding::kFloat;
   DataType type = DataType::kFloat32;
-  const uint8_t* blocks = nullptr;         ///< [strips][k_blocks][4096]
-  const void* scales = nullptr;            ///< [strips][scale_rows][64] of T, or of IntegerScale
+  const uint8_t* blocks = nullptr;         ///< [strips][k_blocks][block_stride], see packing.h
+  const void* scales = nullptr;            ///< T [groups][n], for the reference kernel where promotion_k is 0
   const float* column_base = nullptr;      ///< [strips * 64]: sum_k scale * q, or the column's base scale
   const int32_t* column_sum = nullptr;     ///< [strips * 64]: sum_k q * i; integer encoding only
-
-  /// Of one scale.
-  FPTQ_HD int ScaleBytes() const { return encoding == packing::Encoding::kInteger || type != DataType::kFloat32 ? 2 : 4; }
-  /// Of the scales of one block.
-  FPTQ_HD int BlockScaleBytes() const { return static_cast<int>(layout.RowsPerBlock()) * packing::kStripN * ScaleBytes(); }
 };
 
 /// One weight in device memory, in the kernels' own layout.

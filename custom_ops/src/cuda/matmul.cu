@@ -9,7 +9,7 @@ namespace fptq::cuda {
 namespace {
 
 constexpr int kMaxDevices = 64;
-constexpr int64_t kStreamRows = 32;  // up to here the streaming kernel is faster than the warpgroup kernel
+constexpr int64_t kStreamRows = 16;  // up to here the streaming kernel is faster than the warpgroup kernel
 
 Device Query(int index) {
   Device device;
@@ -29,6 +29,7 @@ Device Query(int index) {
     Check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &device.encode_tensor_map, 12000,
                                            cudaEnableDefault, &result),
           "cudaGetDriverEntryPointByVersion");
+    for (int size : {1, 2, 4, 8}) device.clusters[size] = MaxActiveClusters(device, size);
   }
   return device;
 }
@@ -75,20 +76,19 @@ CUtensorMap ActivationMap(const Device& device, const MatMulCall& call, int64_t 
 Plan ChoosePlan(const Device& device, const WeightView& weights, int64_t m, bool aligned, const Plan& wanted) {
   Plan plan = wanted;
   const packing::Layout& layout = weights.layout;
-  const int scale_bytes = weights.BlockScaleBytes();
   const bool bulk = device.HasBulkCopies() && aligned && wanted.loader != Loader::kAsync;
   if (layout.promotion_k == 0) plan.kernel = Kernel::kReference;
   const auto choose_stream = [&] {
     plan.kernel = Kernel::kStream;
     plan.loader = Loader::kBulk;
-    plan.config = plan::ChooseStream(device.Limits(), layout, m, scale_bytes, wanted.config);
+    plan.config = plan::ChooseStream(device.Limits(), layout, m, wanted.config);
     return plan.config.stages > 0;
   };
   const auto choose_warpgroup = [&] {
     const bool wide = weights.encoding == Encoding::kInteger || layout.promotion_k == kBlockK;
     plan.kernel = Kernel::kWarpgroup;
     plan.loader = Loader::kBulk;
-    plan.config = plan::ChooseWarpgroup(device.Limits(), layout, m, scale_bytes, wide, wanted.config);
+    plan.config = plan::ChooseWarpgroup(device.Limits(), layout, m, wide, wanted.config);
     return device.HasWgmma();
   };
   switch (plan.kernel) {

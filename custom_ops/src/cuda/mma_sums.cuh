@@ -17,12 +17,11 @@ class MmaSums {
   using ScalePair = typename Numeric<T>::Pair;
 
  public:
-  /// Adds one block: `weights` and `scales` of the thread's strip, `tile` the activations.
-  __device__ void Add(const uint8_t* weights, const uint8_t* scales, const uint8_t* tile,
-                      const packing::Layout& layout) {
+  /// Adds one block: `weights` of the thread's strip, with their scales; `tile` the activations.
+  __device__ void Add(const uint8_t* weights, const uint8_t* tile, const packing::Layout& layout) {
     const int thread = threadIdx.x % kGroupThreads;
     const int lane = threadIdx.x % 32;
-    const uint8_t* own_scales = scales + packing::ThreadChannel(thread) * (kFloat ? sizeof(T) : 2);
+    const uint8_t* own_scales = weights + kBlockBytes + packing::ThreadChannel(thread) * (kFloat ? sizeof(T) : 2);
     packing::SpreadScales multipliers;
     if constexpr (!kFloat) multipliers = packing::Spread(*reinterpret_cast<const uint32_t*>(own_scales));
 #pragma unroll

@@ -36,33 +36,42 @@ class Temporary {
 };
 
 __global__ void PackBlocks(packing::Layout layout, packing::Encoding encoding, const uint8_t* b,
-                           const int8_t* multiples, uint32_t* blocks) {
+                           const int8_t* multiples, uint8_t* blocks) {
   const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   const int64_t block = index / packing::kWordsPerBlock;
   if (block >= layout.strips * layout.k_blocks) return;
-  blocks[index] = packing::PackWord(layout, encoding, b, block / layout.k_blocks, block % layout.k_blocks,
-                                    static_cast<int>(index % packing::kWordsPerBlock),
-                                    [&](int64_t row, int64_t n) { return int{multiples[row * layout.n + n]}; });
+  const int word = static_cast<int>(index % packing::kWordsPerBlock);
+  reinterpret_cast<uint32_t*>(blocks + block * layout.block_stride)[word] =
+      packing::PackWord(layout, encoding, b, block / layout.k_blocks, block % layout.k_blocks, word,
+                        [&](int64_t row, int64_t n) { return int{multiples[row * layout.n + n]}; });
 }
 
-/// Scales (T, or IntegerScale from multiples) to [strips][scale_rows][64]; zero outside.
+int64_t ScaleCount(const packing::Layout& layout) {
+  return layout.strips * layout.k_blocks * layout.RowsPerBlock() * kStripN;
+}
+
+/// Scales (T, or IntegerScale from multiples) [groups][n] to the ends of the blocks; zero outside.
 template <class From, class To, class Convert>
-__device__ void PackScale(const packing::Layout& layout, const From* from, To* to, Convert convert) {
+__device__ void PackScale(const packing::Layout& layout, const From* from, uint8_t* blocks, Convert convert) {
   const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (index >= layout.ScaleCount()) return;
-  const int64_t n = index / (layout.scale_rows * kStripN) * kStripN + index % kStripN;
-  const int64_t row = index / kStripN % layout.scale_rows;
-  const bool inside = n < layout.n && row < packing::CeilDiv(layout.k, layout.block_size);
-  to[index] = convert(inside ? from[row * layout.n + n] : From{});
+  const int per_block = layout.RowsPerBlock() * kStripN;
+  const int64_t block = index / per_block;
+  if (block >= layout.strips * layout.k_blocks) return;
+  const int in_block = static_cast<int>(index % per_block);
+  const int64_t n = block / layout.k_blocks * kStripN + in_block % kStripN;
+  const int64_t group = layout.GroupOf(block % layout.k_blocks, in_block / kStripN);
+  const bool inside = n < layout.n && group < packing::CeilDiv(layout.k, layout.block_size);
+  reinterpret_cast<To*>(blocks + block * layout.block_stride + kBlockBytes)[in_block] =
+      convert(inside ? from[group * layout.n + n] : From{});
 }
 
 template <class T>
-__global__ void PackFloatScales(packing::Layout layout, const T* from, T* to) {
-  PackScale(layout, from, to, [](T x) { return x; });
+__global__ void PackFloatScales(packing::Layout layout, const T* from, uint8_t* blocks) {
+  PackScale<T, T>(layout, from, blocks, [](T x) { return x; });
 }
 
-__global__ void PackIntegerScales(packing::Layout layout, const int8_t* from, packing::IntegerScale* to) {
-  PackScale(layout, from, to, [](int8_t i) { return packing::IntegerScale::Of(i); });
+__global__ void PackIntegerScales(packing::Layout layout, const int8_t* from, uint8_t* blocks) {
+  PackScale<int8_t, packing::IntegerScale>(layout, from, blocks, [](int8_t i) { return packing::IntegerScale::Of(i); });
 }
 
 /// Per channel sum_k scale * q; one thread per channel, in float64: it is computed once.
@@ -118,23 +127,24 @@ std::unique_ptr<PackedWeights> PackedWeights::Pack(const void* b, const void* b_
                                                    Stream stream) {
   std::unique_ptr<PackedWeights> packed(new PackedWeights(Device::Current()));
   WeightView& view = packed->view_;
-  view.layout = packing::Layout::Of(k, n, block_size);
   view.type = type;
-  const packing::Layout& layout = view.layout;
   const int64_t groups = packing::CeilDiv(k, block_size);
-  const int64_t element = type == DataType::kFloat32 ? 4 : 2;
+  const int element = type == DataType::kFloat32 ? 4 : 2;
 
   packing::IntegerScales integer;
-  if (scale_max_multiple > 0 && layout.promotion_k != 0 && k <= packing::kMaxIntegerK &&
+  if (scale_max_multiple > 0 && packing::PromotionK(k, block_size) != 0 && k <= packing::kMaxIntegerK &&
       packing::FindIntegerScales(HostScales(b_scale, type, groups * n, stream), groups, n,
                                  std::min(scale_max_multiple, packing::kMaxScaleMultiple), &integer)) {
     view.encoding = Encoding::kInteger;
   }
   const bool is_integer = view.encoding == Encoding::kInteger;
+  view.layout = packing::Layout::Of(k, n, block_size, is_integer ? static_cast<int>(sizeof(packing::IntegerScale)) : element);
+  const packing::Layout& layout = view.layout;
+  const bool scales_apart = layout.promotion_k == 0;
 
   const int64_t channels = layout.strips * kStripN;
   const int64_t scales_at = Align(layout.WeightBytes());
-  const int64_t base_at = scales_at + Align(layout.ScaleCount() * view.ScaleBytes());
+  const int64_t base_at = scales_at + (scales_apart ? Align(groups * n * element) : 0);
   const int64_t sum_at = base_at + Align(channels * 4);
   packed->bytes_ = sum_at + (is_integer ? Align(channels * 4) : 0);
   Check(cudaMalloc(&packed->memory_, static_cast<size_t>(packed->bytes_)), "cudaMalloc for packed weights");
@@ -143,20 +153,19 @@ std::unique_ptr<PackedWeights> PackedWeights::Pack(const void* b, const void* b_
   float* column_base = reinterpret_cast<float*>(memory + base_at);
   int32_t* column_sum = reinterpret_cast<int32_t*>(memory + sum_at);
   view.blocks = memory;
-  view.scales = scales;
+  view.scales = scales_apart ? scales : nullptr;
   view.column_base = column_base;
   view.column_sum = is_integer ? column_sum : nullptr;
 
   const Temporary source(b, packing::CeilDiv(k * n, 2), stream);
   const uint8_t* values = source.As<uint8_t>();
-  const unsigned word_blocks = Blocks(layout.WeightBytes() / 4);
-  uint32_t* words = reinterpret_cast<uint32_t*>(memory);
+  const unsigned word_blocks = Blocks(layout.strips * layout.k_blocks * packing::kWordsPerBlock);
+  const unsigned scale_blocks = Blocks(ScaleCount(layout));
   if (is_integer) {
     const Temporary multiples(integer.multiple.data(), groups * n, stream);
     const int8_t* i = multiples.As<int8_t>();
-    PackBlocks<<<word_blocks, kThreads, 0, stream>>>(layout, view.encoding, values, i, words);
-    PackIntegerScales<<<Blocks(layout.ScaleCount()), kThreads, 0, stream>>>(
-        layout, i, reinterpret_cast<packing::IntegerScale*>(scales));
+    PackBlocks<<<word_blocks, kThreads, 0, stream>>>(layout, view.encoding, values, i, memory);
+    PackIntegerScales<<<scale_blocks, kThreads, 0, stream>>>(layout, i, memory);
     SumIntegerColumns<<<Blocks(channels), kThreads, 0, stream>>>(layout, values, i, column_sum);
     integer.base.resize(static_cast<size_t>(channels), 0.0f);
     Check(cudaMemcpyAsync(column_base, integer.base.data(), static_cast<size_t>(channels) * 4, cudaMemcpyDefault,
@@ -165,13 +174,17 @@ std::unique_ptr<PackedWeights> PackedWeights::Pack(const void* b, const void* b_
     Check(cudaStreamSynchronize(stream), "packing weights");
   } else {
     const Temporary raw_scales(b_scale, groups * n * element, stream);
-    PackBlocks<<<word_blocks, kThreads, 0, stream>>>(layout, view.encoding, values, nullptr, words);
+    PackBlocks<<<word_blocks, kThreads, 0, stream>>>(layout, view.encoding, values, nullptr, memory);
     ForType(type, [&](auto zero) {
       using T = decltype(zero);
       const T* raw = raw_scales.As<T>();
-      PackFloatScales<<<Blocks(layout.ScaleCount()), kThreads, 0, stream>>>(layout, raw, reinterpret_cast<T*>(scales));
+      if (!scales_apart) PackFloatScales<<<scale_blocks, kThreads, 0, stream>>>(layout, raw, memory);
       SumFloatColumns<<<Blocks(channels), kThreads, 0, stream>>>(layout, values, raw, column_base);
     });
+    if (scales_apart) {
+      Check(cudaMemcpyAsync(scales, b_scale, static_cast<size_t>(groups * n * element), cudaMemcpyDefault, stream),
+            "cudaMemcpyAsync");
+    }
     Check(cudaStreamSynchronize(stream), "packing weights");
   }
   Check(cudaGetLastError(), "packing weights");

@@ -26,9 +26,12 @@ __global__ void __launch_bounds__(kThreads) ReferenceKernel(const __grid_constan
     int integer_sum = 0;
     for (int64_t first = 0; first < layout.k; first += layout.block_size) {
       const int64_t last = min(first + layout.block_size, layout.k);
-      const int64_t scale_at = layout.ScaleOffset(strip, first / layout.block_size) + channel;
+      const uint8_t* block = w.blocks + layout.BlockOffset(strip, first / kBlockK);
+      const int row = layout.promotion_k == 0 ? 0 : static_cast<int>(first % kBlockK) / layout.promotion_k;
       packing::IntegerScale multiple = {1, 0};
-      if (is_integer) multiple = static_cast<const packing::IntegerScale*>(w.scales)[scale_at];
+      if (is_integer) {
+        multiple = reinterpret_cast<const packing::IntegerScale*>(block + kBlockBytes)[row * kStripN + channel];
+      }
       int group = 0;
       for (int64_t k = first; k < last; ++k) {
         const packing::NibblePlace place = packing::PlaceOfValue(channel, static_cast<int>(k % kBlockK));
@@ -41,7 +44,10 @@ __global__ void __launch_bounds__(kThreads) ReferenceKernel(const __grid_constan
       if (is_integer) {
         integer_sum += group;
       } else {
-        sum = fmaf(Numeric<T>::ToFloat(static_cast<const T*>(w.scales)[scale_at]), static_cast<float>(group), sum);
+        const T scale = layout.promotion_k == 0
+                            ? static_cast<const T*>(w.scales)[first / layout.block_size * layout.n + n]
+                            : reinterpret_cast<const T*>(block + kBlockBytes)[row * kStripN + channel];
+        sum = fmaf(Numeric<T>::ToFloat(scale), static_cast<float>(group), sum);
       }
     }
     if (is_integer) sum = w.column_base[n] * static_cast<float>(integer_sum);

@@ -35,16 +35,11 @@ class StreamCta {
         first_row(static_cast<int>(blockIdx.y) * kTokens), shared(shared_memory),
         memory(plan::StreamMemory::Of(
             kTokens, static_cast<int>(packing::CeilDiv(args.weights.layout.k_blocks, split)), args.stages,
-            args.weights.BlockScaleBytes())),
+            args.weights.layout.block_stride)),
         full(reinterpret_cast<uint64_t*>(shared + memory.barriers)), empty(full + args.stages),
         received(empty + args.stages), activations(received + 2 * Shape::kGroups) {}
 
-  __device__ uint8_t* ChunkWeights(int stage) const {
-    return shared + memory.weights + stage * (plan::kChunkBlocks * kBlockBytes);
-  }
-  __device__ uint8_t* ChunkScales(int stage) const {
-    return shared + memory.scales + stage * (plan::kChunkBlocks * memory.scale_bytes);
-  }
+  __device__ uint8_t* Chunk(int stage) const { return shared + memory.weights + stage * memory.chunk_bytes; }
 
   const MatMulArguments& args;
   int split, rank;
@@ -79,9 +74,7 @@ __device__ __forceinline__ void Produce(const StreamCta<kTokens>& cta, const CUt
   using Shape = StreamShape<kTokens>;
   const WeightView& w = cta.args.weights;
   const packing::Layout& layout = w.layout;
-  const int row_bytes = kStripN * w.ScaleBytes();
-  const int rows_per_block = static_cast<int>(layout.RowsPerBlock());
-  const int64_t strip_scale_bytes = layout.scale_rows * row_bytes;
+  const int64_t strip_bytes = layout.StripBytes();
   const uint64_t policy = ptx::EvictFirstPolicy();
   const auto load_activations = [&] {
     ptx::WaitForPredecessors();
@@ -100,21 +93,15 @@ __device__ __forceinline__ void Produce(const StreamCta<kTokens>& cta, const CUt
     const int active = cta.work.Active(round, Shape::kGroups);
     const int strip = cta.work.strips.begin + round * Shape::kGroups;
     for (int block = cta.blocks.begin; block < cta.blocks.end; block += plan::kChunkBlocks) {
-      const int count = min(plan::kChunkBlocks, cta.blocks.end - block);
-      const int first_row = layout.FirstScaleRow(block);
-      const int scale_bytes = (layout.FirstScaleRow(block + count - 1) - first_row + rows_per_block) * row_bytes;
+      const int bytes = min(plan::kChunkBlocks, cta.blocks.end - block) * layout.block_stride;
       const uint8_t* blocks = w.blocks + layout.BlockOffset(strip, block);
-      const uint8_t* scales = static_cast<const uint8_t*>(w.scales) + strip * strip_scale_bytes + first_row * row_bytes;
       if (before_activations-- == 0) load_activations();
       for (int group = producer; group < active; group += plan::kStreamProducers) {
         const int stage = at.stage * Shape::kGroups + group;
         uint64_t* full = cta.full + stage;
         ptx::BarrierWait(cta.empty + stage, at.parity ^ 1);
-        ptx::BarrierArriveExpect(full, static_cast<uint32_t>(count * kBlockBytes + scale_bytes));
-        ptx::BulkCopy(cta.ChunkWeights(stage), blocks + group * layout.k_blocks * kBlockBytes,
-                      static_cast<uint32_t>(count * kBlockBytes), full, policy);
-        ptx::BulkCopy(cta.ChunkScales(stage), scales + group * strip_scale_bytes, static_cast<uint32_t>(scale_bytes),
-                      full, policy);
+        ptx::BarrierArriveExpect(full, static_cast<uint32_t>(bytes));
+        ptx::BulkCopy(cta.Chunk(stage), blocks + group * strip_bytes, static_cast<uint32_t>(bytes), full, policy);
       }
       at.Advance(cta.depth);
     }
@@ -131,7 +118,6 @@ __device__ __forceinline__ void Consume(const StreamCta<kTokens>& cta) {
   const int thread = static_cast<int>(threadIdx.x) % kGroupThreads;
   const int share = Shape::kPairs / cta.split;  // pairs of a strip that each rank owns
   const int mine = cta.rank * share;
-  const int row_bytes = kStripN * cta.args.weights.ScaleBytes();
   uint64_t* received = cta.received + 2 * group;
   uint2* inbox = reinterpret_cast<uint2*>(cta.shared + cta.memory.inbox + 2 * group * memory.inbox_bytes);
   ptx::WaitForPredecessors();
@@ -151,15 +137,12 @@ __device__ __forceinline__ void Consume(const StreamCta<kTokens>& cta) {
     for (int block = cta.blocks.begin; block < cta.blocks.end; block += plan::kChunkBlocks) {
       const int count = min(plan::kChunkBlocks, cta.blocks.end - block);
       const int stage = at.stage * Shape::kGroups + group;
-      const uint8_t* weights = cta.ChunkWeights(stage);
-      const uint8_t* scales = cta.ChunkScales(stage);
+      const uint8_t* weights = cta.Chunk(stage);
       const uint8_t* tile = cta.shared + (block - cta.blocks.begin) * memory.tile_bytes;
-      const int first_row = layout.FirstScaleRow(block);
       ptx::BarrierWait(cta.full + stage, at.parity);
 #pragma unroll 1
       for (int i = 0; i < count; ++i) {
-        sums.Add(weights + i * kBlockBytes, scales + (layout.FirstScaleRow(block + i) - first_row) * row_bytes,
-                 tile + i * memory.tile_bytes, layout);
+        sums.Add(weights + i * layout.block_stride, tile + i * memory.tile_bytes, layout);
       }
       __syncwarp();
       if (thread % 32 == 0) ptx::BarrierArrive(cta.empty + stage);
@@ -187,7 +170,7 @@ __device__ __forceinline__ void Consume(const StreamCta<kTokens>& cta) {
 }
 
 template <class T, Promotion kPromotion, int kTokens>
-__global__ void __launch_bounds__(StreamShape<kTokens>::kThreads, kTokens == 8 || kTokens == 32 ? 2 : 1)
+__global__ void __launch_bounds__(StreamShape<kTokens>::kThreads, kTokens == 8 ? 2 : 1)
     StreamKernel(const __grid_constant__ MatMulArguments args, const __grid_constant__ CUtensorMap map) {
 #if __CUDA_ARCH__ >= 900
   using Shape = StreamShape<kTokens>;
@@ -220,7 +203,7 @@ void LaunchStreamKernel(const Device& device, const MatMulArguments& args, const
                     static_cast<unsigned>(packing::CeilDiv(args.call.m, kTokens)));
   shape.threads = StreamShape<kTokens>::kThreads;
   shape.shared_bytes = plan::StreamMemory::Of(kTokens, static_cast<int>(packing::CeilDiv(layout.k_blocks, args.split)),
-                                              args.stages, args.weights.BlockScaleBytes())
+                                              args.stages, layout.block_stride)
                            .total;
   shape.cluster = args.split;
   shape.overlap = plan.overlap;
@@ -252,6 +235,24 @@ void LaunchStream(const Device& device, const MatMulArguments& args, const Plan&
       LaunchStreamOf<decltype(zero), decltype(promotion)::value>(device, args, plan, stream);
     });
   });
+}
+
+int MaxActiveClusters(const Device& device, int size) {
+  const auto kernel = StreamKernel<__half, Promotion::kBlock, 8>;
+  Check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.max_shared_bytes),
+        "cudaFuncSetAttribute");
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(size), 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(device.multiprocessors / size * size));
+  config.blockDim = dim3(StreamShape<8>::kThreads);
+  config.dynamicSmemBytes = static_cast<size_t>(device.max_shared_bytes);
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  int count = 0;
+  Check(cudaOccupancyMaxActiveClusters(&count, kernel, &config), "cudaOccupancyMaxActiveClusters");
+  return count;
 }
 
 }  // namespace fptq::cuda

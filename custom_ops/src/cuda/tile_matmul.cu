@@ -19,7 +19,7 @@ struct TileWork {
 
 template <int kTokens, int kStrips>
 __host__ __device__ __forceinline__ plan::RingMemory TileMemory(const MatMulArguments& args) {
-  return plan::RingMemory::Of(kTokens, kStrips, kAsyncStages, args.weights.BlockScaleBytes());
+  return plan::RingMemory::Of(kTokens, kStrips, kAsyncStages, args.weights.layout.block_stride);
 }
 
 /// All threads feed the ring with cp.async; rows of A that are not aligned to 16 bytes are read byte by byte.
@@ -57,14 +57,9 @@ class AsyncLoader {
 
   __device__ void LoadWeights(int block, int stage) {
     const WeightView& w = args_.weights;
-    const int row = w.layout.FirstScaleRow(block);
     for (int s = 0; s < work_.strips; ++s) {
-      const int strip = work_.first_strip + s;
-      Copy(shared_ + memory_.weights + stage * memory_.weight_bytes + s * kBlockBytes,
-           w.blocks + w.layout.BlockOffset(strip, block), kBlockBytes);
-      Copy(shared_ + memory_.scales + (stage * kStrips + s) * memory_.scale_bytes,
-           static_cast<const uint8_t*>(w.scales) + w.layout.ScaleOffset(strip, row) * w.ScaleBytes(),
-           memory_.scale_bytes);
+      Copy(shared_ + memory_.weights + (stage * kStrips + s) * memory_.block_stride,
+           w.blocks + w.layout.BlockOffset(work_.first_strip + s, block), memory_.block_stride);
     }
   }
   __device__ void Copy(uint8_t* shared, const uint8_t* global, int bytes) {
@@ -121,8 +116,7 @@ __global__ void __launch_bounds__(kStrips* kGroupThreads) TileKernel(const __gri
   for (int i = 0; i < layout.k_blocks; ++i) {
     const int stage = loader.Wait(i);
     if (strip >= work.strips) continue;
-    sums.Add(shared + memory.weights + stage * memory.weight_bytes + strip * kBlockBytes,
-             shared + memory.scales + (stage * kStrips + strip) * memory.scale_bytes,
+    sums.Add(shared + memory.weights + (stage * kStrips + strip) * memory.block_stride,
              shared + stage * memory.tile_bytes, layout);
   }
   if (strip >= work.strips) return;

@@ -25,11 +25,10 @@ template <int kTokens, int kStrips>
 struct WarpgroupShape {
   static constexpr int kTileStrips = kConsumers * kStrips;
   static constexpr int kTileBytes = kTokens * kBlockK;
-  static constexpr int kWeightBytes = kTileStrips * kBlockBytes;
   static constexpr int kUnits = kConsumerThreads * kStrips * kTokens / 4;  // pairs of neighbouring channels
 
   __host__ __device__ static plan::RingMemory Memory(const MatMulArguments& args) {
-    return plan::RingMemory::Of(kTokens, kTileStrips, args.stages, args.weights.BlockScaleBytes());
+    return plan::RingMemory::Of(kTokens, kTileStrips, args.stages, args.weights.layout.block_stride);
   }
 };
 
@@ -73,41 +72,39 @@ class WarpgroupCta {
   plan::Range blocks;
 };
 
-/// Fills the ring, tile after tile. One thread of each producer warp: warp s asks for the weights and scales of strip s,
-/// warp 0 also for the activations. (One thread that asks for everything cannot keep up: a request takes it about 200
-/// clocks.)
+/// Warps that fill the ring; warp s asks for strip s, the last one for the activations. (One thread that asks for
+/// everything cannot keep up: a request takes it about 200 clocks.)
+template <int kStrips>
+constexpr int kProducers = kConsumers * kStrips < 4 ? kConsumers * kStrips + 1 : 4;
+
+/// Fills the ring, tile after tile. One thread of each producer warp.
 template <int kTokens, int kStrips>
 __device__ __forceinline__ void Produce(const WarpgroupCta<kTokens, kStrips>& cta, const CUtensorMap& map, int warp) {
   using Shape = WarpgroupShape<kTokens, kStrips>;
   const WeightView& w = cta.args.weights;
-  const int scale_bytes = cta.memory.scale_bytes;
-  const int row_bytes = kStripN * w.ScaleBytes();
+  const int stride = w.layout.block_stride;
+  const bool brings_activations = warp == kProducers<kStrips> - 1;
   const uint64_t policy = ptx::EvictLastPolicy();
+  if (brings_activations) ptx::WaitForPredecessors();
   RingPosition at;
-  bool waited = warp != 0;
   for (int index = cta.FirstTile(); index < cta.TileCount(); index += cta.TileStride()) {
     const plan::Tile tile = cta.TileAt(index);
     const int strip = tile.n * Shape::kTileStrips + warp;
-    const bool exists = strip < w.layout.strips;
-    const uint8_t* blocks = w.blocks + w.layout.BlockOffset(strip, 0);
-    const uint8_t* scales = static_cast<const uint8_t*>(w.scales) + w.layout.ScaleOffset(strip, 0) * w.ScaleBytes();
+    const bool brings_weights = warp < Shape::kTileStrips && strip < w.layout.strips;
+    const uint8_t* from = w.blocks + w.layout.BlockOffset(strip, cta.blocks.begin);
     for (int block = cta.blocks.begin; block < cta.blocks.end; ++block) {
       uint64_t* full = cta.full + at.stage;
       ptx::BarrierWait(cta.empty + at.stage, at.parity ^ 1);
-      ptx::BarrierArriveExpect(full, (warp == 0 ? Shape::kTileBytes : 0) + (exists ? kBlockBytes + scale_bytes : 0));
-      if (exists) {
-        const int slot = at.stage * Shape::kTileStrips + warp;
-        ptx::BulkCopy(cta.shared + cta.memory.weights + slot * kBlockBytes, blocks + int64_t{block} * kBlockBytes,
-                      kBlockBytes, full, policy);
-        ptx::BulkCopy(cta.shared + cta.memory.scales + slot * scale_bytes,
-                      scales + int64_t{w.layout.FirstScaleRow(block)} * row_bytes, scale_bytes, full, policy);
+      ptx::BarrierArriveExpect(full, (brings_activations ? Shape::kTileBytes : 0) + (brings_weights ? stride : 0));
+      if (brings_weights) {
+        ptx::BulkCopy(cta.shared + cta.memory.weights + (at.stage * Shape::kTileStrips + warp) * stride, from,
+                      static_cast<uint32_t>(stride), full, policy);
       }
-      if (!waited) ptx::WaitForPredecessors();
-      waited = true;
-      if (warp == 0) {
+      if (brings_activations) {
         ptx::BulkCopyTile(cta.shared + at.stage * Shape::kTileBytes, &map, block * kBlockK, tile.m * kTokens, full,
                           policy);
       }
+      from += stride;
       at.Advance(cta.args.stages);
     }
   }
@@ -140,14 +137,16 @@ class Consumer {
 
  private:
   // Everything of one stage that this thread reads.
+  __device__ const uint8_t* Block(int strip) const {
+    const int slot = at_.stage * Shape::kTileStrips + group_ * kStrips + strip;
+    return cta_.shared + cta_.memory.weights + slot * cta_.memory.block_stride;
+  }
   __device__ uint4 Words(int strip, int half) const {
-    return *reinterpret_cast<const uint4*>(cta_.shared + cta_.memory.weights + at_.stage * Shape::kWeightBytes +
-                                           (group_ * kStrips + strip) * kBlockBytes + half * kHalfBytes + thread_ * 16);
+    return *reinterpret_cast<const uint4*>(Block(strip) + half * kHalfBytes + thread_ * 16);
   }
   template <class Value>
   __device__ Value Scales(int strip, int row) const {  // of this thread's two channels
-    const int first = (at_.stage * Shape::kTileStrips + group_ * kStrips + strip) * cta_.memory.scale_bytes;
-    return *reinterpret_cast<const Value*>(cta_.shared + cta_.memory.scales + first +
+    return *reinterpret_cast<const Value*>(Block(strip) + kBlockBytes +
                                            (row * kStripN + channel_) * (sizeof(Value) / 2));
   }
   __device__ uint64_t TileDescriptor() const {
@@ -334,7 +333,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     ptx::PrefetchTensorMap(&map);
     for (int stage = 0; stage < args.stages; ++stage) {
-      ptx::BarrierInit(cta.full + stage, WarpgroupShape<kTokens, kStrips>::kTileStrips);
+      ptx::BarrierInit(cta.full + stage, kProducers<kStrips>);
       ptx::BarrierInit(cta.empty + stage, kConsumerThreads / 32);
     }
     ptx::BarrierInitFence();
@@ -344,7 +343,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x < kGroupThreads) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kProducerRegisters));
     const int warp = static_cast<int>(threadIdx.x) / 32;
-    if (threadIdx.x % 32 == 0 && warp < WarpgroupShape<kTokens, kStrips>::kTileStrips) Produce(cta, map, warp);
+    if (threadIdx.x % 32 == 0 && warp < kProducers<kStrips>) Produce(cta, map, warp);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kConsumerRegisters));
     Consumer<T, kPromotion, kTokens, kStrips>(cta).Run();

@@ -41,13 +41,13 @@ struct Problem {
   std::vector<uint8_t> b;        // int4 [k, n]
   std::vector<int8_t> multiple;  // [groups, n], integer encoding
   std::vector<uint32_t> blocks;
-  std::vector<IntegerScale> scales;  // [strips][scale_rows][64], integer encoding
+  std::vector<IntegerScale> scales;  // [strips][k_blocks][rows per block][64]
 
   int Q(int64_t k, int64_t n) const { return ReadInt4(b.data(), k * layout.n + n); }
   int Multiple(int64_t row, int64_t n) const { return multiple[static_cast<size_t>(row * layout.n + n)]; }
 
   Problem(int64_t k, int64_t n, int64_t block_size, Encoding encoding_in, std::mt19937* random)
-      : layout(Layout::Of(k, n, block_size)), encoding(encoding_in), b(static_cast<size_t>((k * n + 1) / 2)) {
+      : layout(Layout::Of(k, n, block_size, 2)), encoding(encoding_in), b(static_cast<size_t>((k * n + 1) / 2)) {
     for (uint8_t& byte : b) byte = static_cast<uint8_t>((*random)());
     const int64_t groups = CeilDiv(k, block_size);
     multiple.resize(static_cast<size_t>(groups * n));
@@ -58,11 +58,11 @@ struct Problem {
                                   [&](int64_t row, int64_t column) { return Multiple(row, column); }));
       }
     }
-    scales.resize(static_cast<size_t>(layout.ScaleCount()), IntegerScale::Of(0));
-    for (int64_t column = 0; column < n; ++column) {
-      for (int64_t row = 0; row < groups; ++row) {
-        const int64_t at = layout.ScaleOffset(column / kStripN, row) + column % kStripN;
-        scales[static_cast<size_t>(at)] = IntegerScale::Of(Multiple(row, column));
+    for (int64_t block = 0; block < layout.strips * layout.k_blocks; ++block) {
+      for (int i = 0; i < layout.RowsPerBlock() * kStripN; ++i) {
+        const int64_t column = block / layout.k_blocks * kStripN + i % kStripN;
+        const int64_t group = layout.GroupOf(block % layout.k_blocks, i / kStripN);
+        scales.push_back(IntegerScale::Of(column < n && group < groups ? Multiple(group, column) : 0));
       }
     }
   }
@@ -70,13 +70,14 @@ struct Problem {
 
 /// The fragment of one thread and step, unpacked from the bytes that it loads.
 Fragment LoadFragment(const Problem& p, int64_t strip, int k_block, int step, int thread) {
-  const size_t first = static_cast<size_t>(p.layout.BlockOffset(strip, k_block) / 4 + step / 2 * (kHalfBytes / 4) +
-                                           thread * 4 + step % 2 * 2);
+  const int64_t block = strip * p.layout.k_blocks + k_block;
+  const size_t first =
+      static_cast<size_t>(block * kWordsPerBlock + step / 2 * (kHalfBytes / 4) + thread * 4 + step % 2 * 2);
   const uint32_t even = p.blocks[first];
   const uint32_t odd = p.blocks[first + 1];
   if (p.encoding == Encoding::kFloat) return UnpackFloat(even, odd);
-  const int64_t row = p.layout.FirstScaleRow(k_block) + p.layout.ScaleRowOfStep(step);
-  const size_t at = static_cast<size_t>(p.layout.ScaleOffset(strip, row) + ThreadChannel(thread));
+  const int64_t row = block * p.layout.RowsPerBlock() + p.layout.ScaleRowOfStep(step);
+  const size_t at = static_cast<size_t>(row * kStripN + ThreadChannel(thread));
   const uint32_t pair = p.scales[at].magnitude | static_cast<uint32_t>(p.scales[at].offset) << 8 |
                         static_cast<uint32_t>(p.scales[at + 1].magnitude) << 16 |
                         static_cast<uint32_t>(p.scales[at + 1].offset) << 24;
@@ -174,7 +175,7 @@ void TestProducts() {
               // One promotion of the float kernels: 16 * sum of (a - centre) * q over rows of one group of scales.
               const int64_t begin = int64_t{block} * kBlockK + first_step * kStepK;
               const int64_t end = std::min(shape.k, int64_t{block} * kBlockK + (step + 1) * kStepK);
-              const int64_t row = layout.FirstScaleRow(block) + layout.ScaleRowOfStep(step);
+              const int64_t row = layout.GroupOf(block, layout.ScaleRowOfStep(step));
               for (int c = 0; c < kStripN; ++c) {
                 const int64_t n = strip * kStripN + c;
                 int64_t expected = 0;
@@ -224,15 +225,11 @@ void TestLayout() {
   EXPECT(PromotionK(4096, 16) == 0 && PromotionK(4096, 96) == 0 && PromotionK(4096, 200) == 0, "reference kernel only");
   for (int64_t k : {1, 31, 32, 127, 128, 129, 4096, 14336}) {
     for (int64_t block_size : {int64_t{32}, int64_t{64}, int64_t{128}, int64_t{256}, int64_t{384}, k}) {
-      const Layout layout = Layout::Of(k, 65, block_size);
-      if (layout.promotion_k == 0) continue;
-      EXPECT(layout.strips == 2 && layout.WeightBytes() == 2 * layout.k_blocks * kBlockBytes, "sizes");
-      for (int block = 0; block < layout.k_blocks; ++block) {
-        const int64_t last = layout.FirstScaleRow(block) + layout.RowsPerBlock() - 1;
-        EXPECT(last < layout.scale_rows, "k %lld block size %lld: block %d reads row %lld of %lld",
-               static_cast<long long>(k), static_cast<long long>(block_size), block, static_cast<long long>(last),
-               static_cast<long long>(layout.scale_rows));
-      }
+      const Layout layout = Layout::Of(k, 65, block_size, 4);
+      const int rows = layout.promotion_k == 0 ? 0 : 128 / layout.promotion_k;
+      EXPECT(layout.block_stride == kBlockBytes + rows * 64 * 4 && layout.block_stride % 128 == 0, "stride");
+      EXPECT(layout.strips == 2 && layout.WeightBytes() == 2 * layout.k_blocks * layout.block_stride, "sizes");
+      EXPECT(layout.BlockOffset(1, layout.k_blocks - 1) + layout.block_stride == layout.WeightBytes(), "last block");
     }
   }
   // Eight rows x 8 chunks of a swizzled tile: each 16-byte place once, and each column of chunks in eight bank groups.
@@ -272,25 +269,25 @@ void TestTileOrder() {
 /// Walks the streaming kernel's schedule: every block of every strip once, group after group through its own ring, and
 /// the exchange of sums gives each pair of channels one owner and each inbox slot one writer.
 void TestStreamPlan() {
-  const plan::DeviceLimits h200{132, 227 * 1024, 228 * 1024};
+  const plan::DeviceLimits h200{132, 227 * 1024, 228 * 1024, {0, 132, 66, 0, 30, 0, 0, 0, 14}};
   for (int64_t k : {16, 128, 400, 4096, 14336, 28672}) {
     for (int64_t n : {1, 64, 200, 4096, 6144, 14336, 28672}) {
-      const Layout layout = Layout::Of(k, n, 128);
       for (int64_t m : {1, 8, 9, 16, 17, 32, 33, 64}) {
-        for (int scale_bytes : {128, 256, 512, 1024}) {
-          const plan::Config config = plan::ChooseStream(h200, layout, m, scale_bytes, {});
+        for (const int64_t block_size : {int64_t{32}, int64_t{128}}) {
+          const Layout layout = Layout::Of(k, n, std::min(k, block_size), 4);
+          if (layout.promotion_k == 0) continue;
+          const plan::Config config = plan::ChooseStream(h200, layout, m, {});
           if (config.stages == 0) continue;  // the activations do not fit: another kernel runs
           const int groups = plan::StreamGroups(config.tile_m);
           const int split = config.split_k;
           const int blocks = static_cast<int>(layout.k_blocks);
           const auto memory = plan::StreamMemory::Of(config.tile_m, static_cast<int>(CeilDiv(blocks, split)),
-                                                     config.stages, scale_bytes);
+                                                     config.stages, layout.block_stride);
           EXPECT(memory.total <= h200.shared_per_cta, "%d bytes", memory.total);
           EXPECT(config.stages % groups == 0 && config.stages >= groups, "%d stages", config.stages);
-          EXPECT(memory.inbox % 1024 == 0 && memory.weights % 128 == 0 && memory.scales % 128 == 0 &&
-                     memory.barriers % 8 == 0, "alignment");
+          EXPECT(memory.inbox % 1024 == 0 && memory.weights % 128 == 0 && memory.barriers % 8 == 0, "alignment");
           EXPECT(split >= 2 && split <= 8 && config.tile_m >= std::min<int64_t>(m, 64), "plan");
-          if (m != 1 || scale_bytes != 128) continue;
+          if (m != 1 || block_size != 128) continue;
           std::vector<int> visits(static_cast<size_t>(layout.strips * blocks), 0);
           for (int cluster = 0; cluster < config.clusters; ++cluster) {
             const auto work = plan::StreamWork::Of(static_cast<int>(layout.strips), cluster, config.clusters);
@@ -339,18 +336,19 @@ void TestStreamPlan() {
 }
 
 void TestWarpgroupPlan() {
-  const plan::DeviceLimits h200{132, 227 * 1024, 228 * 1024};
+  const plan::DeviceLimits h200{132, 227 * 1024, 228 * 1024, {0, 132, 66, 0, 30, 0, 0, 0, 14}};
   for (int64_t k : {16, 128, 4096, 28672}) {
     for (int64_t n : {1, 200, 4096, 28672}) {
       for (int64_t m : {1, 64, 65, 128, 256, 1024, 8192}) {
-        for (int scale_bytes : {128, 256, 1024}) {
-          const Layout layout = Layout::Of(k, n, 128);
-          const plan::Config config = plan::ChooseWarpgroup(h200, layout, m, scale_bytes, scale_bytes < 1024, {});
+        for (const int64_t block_size : {int64_t{32}, int64_t{128}}) {
+          const Layout layout = Layout::Of(k, n, std::min(k, block_size), 4);
+          if (layout.promotion_k == 0) continue;
+          const plan::Config config = plan::ChooseWarpgroup(h200, layout, m, block_size == 128, {});
           const int strips = config.tile_n / kStripN;
-          const auto memory = plan::RingMemory::Of(config.tile_m, strips, config.stages, scale_bytes);
+          const auto memory = plan::RingMemory::Of(config.tile_m, strips, config.stages, layout.block_stride);
           EXPECT(memory.total <= h200.shared_per_cta && config.stages >= 2, "%d bytes, %d stages", memory.total,
                  config.stages);
-          EXPECT(memory.weights % 1024 == 0 && memory.scales % 128 == 0 && memory.barriers % 8 == 0, "alignment");
+          EXPECT(memory.weights % 1024 == 0 && memory.barriers % 8 == 0, "alignment");
           EXPECT(config.split_k == 1 || layout.k_blocks / config.split_k >= 4, "split %d", config.split_k);
         }
       }

@@ -97,8 +97,8 @@ def run(output: Path, fresh: bool, console: Console) -> None:
         show(report, console)
 
     tokenizer = load_tokenizer(source.with_name("tokenizer.json"))
-    models["onnxruntime MatMulNBits int4, block 128"] = output / "smollm2-matmulnbits" / "model.onnx"
-    models["onnxruntime static int8 (QDQ)"] = output / "smollm2-static-int8" / "model.onnx"
+    models["onnxruntime MatMulNBits int4, block 128, accuracy level 4"] = output / "smollm2-matmulnbits" / "model.onnx"
+    models["onnxruntime static int8 (QDQ of MatMul and Gemm, uint8 activations)"] = output / "smollm2-static-int8" / "model.onnx"
     _, _, _, nbits, static = models.values()
     with watch.stage("onnxruntime's quantizers"):
         with progress.stage("Quantizing with onnxruntime, MatMulNBits"):

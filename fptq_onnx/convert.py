@@ -16,7 +16,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common
 
 from fptq_onnx.calibration.calibration import Calibration
-from fptq_onnx.errors import NothingQuantizedError, VerificationError
+from fptq_onnx.errors import ModelError, NothingQuantizedError, RecipeError, VerificationError
 from fptq_onnx.graph.activation_groups import ActivationGroup, group_by_activation
 from fptq_onnx.graph.linears import LinearLayer, LinearSearch, find_linears
 from fptq_onnx.graph.model_file import load_model, save_model
@@ -110,6 +110,8 @@ def convert(
     if exclude:
         settings = settings.with_overrides({"layers.exclude": [*settings.layers.exclude, *exclude]})
     edited = plan if isinstance(plan, Plan) or plan is None else Plan.load(os.fspath(plan))
+    limit = max_kl if max_kl is not None else settings.verification.max_kl
+    _check_request(source, target, output_format, limit, verify_tokens)
     watch, progress = Stopwatch(), progress or SilentProgress()
     data = Calibration(
         calibration,
@@ -145,7 +147,7 @@ def convert(
         statistics = equalized_statistics(graph.model, statistics, applied, settings, data)
         equalized = graph.model.clone()
     with watch.stage("observe moments"):
-        moments = input_moments(graph.model, decisions, statistics, applied, settings, data)
+        moments = input_moments(graph.model, decisions, entries, statistics, applied, settings, data)
     with watch.stage("quantize"):
         methods: dict[str, str] = {}
         quantization = layer_quantization(decisions, entries, statistics, moments, settings, methods)
@@ -157,7 +159,6 @@ def convert(
         save_model(graph.model, target)
     if verify_tokens:
         with watch.stage("verify"):
-            limit = max_kl if max_kl is not None else settings.verification.max_kl
             report.verification = compare_models(
                 source, target, data.sample, data=report.calibration, max_kl=limit, provider=provider, progress=progress
             )
@@ -166,13 +167,28 @@ def convert(
                 layer.snr_db = noise[layer.name]
     _finish(report, watch).save(target.with_suffix(".json"))
     if report.verification is not None and not report.verification.passed:
+        kl_mean = report.verification.kl_mean
         raise VerificationError(
             str(target),
-            f"mean KL {report.verification.kl_mean:.4f} is over the allowed {report.verification.max_kl}",
+            f"there are no logits whose KL could be held against max_kl {limit}"
+            if kl_mean is None
+            else f"mean KL {kl_mean:.4f} is over the allowed {limit}",
             "Keep more layers float, use a more accurate recipe, or raise --max-kl",
             report,
         )
     return report
+
+
+def _check_request(source: Path, target: Path, output_format: str, max_kl: float | None, verify_tokens: int) -> None:
+    """Refuse before the long work what could only fail after it."""
+    if target.resolve() == source.resolve():
+        raise ModelError(str(target), "this is the file the model is read from", "Choose another output path")
+    if not target.parent.is_dir():
+        raise ModelError(str(target), "its folder does not exist", "Create the folder")
+    if output_format not in PASSES:
+        raise RecipeError(f"format {output_format!r}", "it is unknown", f"Use {', '.join(PASSES)}")
+    if max_kl is not None and not verify_tokens:
+        raise RecipeError("max_kl", "without verification there is no KL to hold against it", "Verify some tokens")
 
 
 @dataclass(frozen=True, eq=False)
@@ -281,11 +297,16 @@ def _complete_layers(
 
 
 def _constant_bytes(node: ir.Node) -> int:
-    """Bytes of the matrices behind a node, also through the DequantizeLinear of the format qdq."""
+    """Bytes of a node's weight: integers and scales, also behind the DequantizeLinear of the format qdq.
+
+    Scalars are not counted: they belong to the activation, which other layers may share.
+    """
     total = 0
     for value in node.inputs:
         producer = None if value is None else value.producer()
         if value is not None and value.const_value is not None:
+            if len(value.const_value.shape) == 0:
+                continue
             total += int(value.const_value.nbytes)
         elif producer is not None and producer.op_type == "DequantizeLinear":
             total += _constant_bytes(producer)

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from fptq_onnx.calibration.calibration import Calibration
 from fptq_onnx.calibration.moments import SplitMoments
+from fptq_onnx.errors import ModelError
 from fptq_onnx.graph.linears import LinearLayer
 from fptq_onnx.passes.apply_equalization import AppliedScale, ApplyEqualizationPass
 from fptq_onnx.passes.replace_linears import (
@@ -89,13 +90,15 @@ def _float_dtype(layer: LinearLayer) -> npt.DTypeLike:
 def input_moments(
     model: ir.Model,
     decisions: Sequence[GroupDecision],
+    entries: Mapping[str, LayerPlan],
     statistics: Mapping[str, ActivationStatistics],
     applied: Mapping[str, AppliedScale],
     settings: Recipe,
     calibration: Calibration,
 ) -> dict[str, SplitMoments]:
     """Second moments of the equalized model's activations, by their names before equalization; empty if not needed."""
-    if not settings.weights.needs_moments:
+    methods = {entries[layer.name].weight_method for d in decisions for layer in d.group.layers} - {"float"}
+    if "weighted_clip" not in methods and not (methods and settings.weights.rounding == "gptq"):
         return {}
     values = {d.name: applied[d.name].activation if d.name in applied else d.name for d in decisions}
     channels = {values[d.name]: d.group.k for d in decisions}
@@ -167,7 +170,10 @@ def layer_quantization(
                 continue
 
             def weight(current: LinearLayer, entry: LayerPlan = entry, name: str = decided.name) -> QuantizedWeight:
-                return _weight(current, entry, moments.get(name), settings, methods)
+                try:
+                    return _weight(current, entry, moments.get(name), settings, methods)
+                except ModelError as error:
+                    raise ModelError(f"weight of {entry.label} ({current.name})", error.reason, error.fix) from error
 
             activation = _quantizer(entry.scheme, statistics[decided.name], _float_dtype(layer), settings)
             quantization[layer.name] = LayerQuantization(activation, None if entry.weight_method == "float" else weight)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import platform
 import resource
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 __all__ = [
@@ -45,11 +47,12 @@ class LayerReport:
         n: Output channels.
         range: Calibrated activation range v of the layer's input, before equalization.
         scheme: `static`, `equalized-static`, `per-token` or `float`.
-        equalization: Where the equalization scale went: `norm <initializer>`, `linear <layer>`, `mul`, or `none`.
+        equalization: Where the equalization scale went: `norm: <weight>`, `linear: <layer>`, `mul: <why>`, or `none`.
         weight_method: Grid and group of the int4 weight, or `float`.
-        snr_db: Signal-to-noise ratio of the layer's output, both models run whole; None if not verified.
+        snr_db: Signal-to-noise ratio of the layer's output, both models run whole; None if not verified. Infinite where
+            nothing before the layer was quantized; JSON has no infinity, there it is null too.
         bytes_before: Bytes of the float weight.
-        bytes_after: Bytes of what replaced it (integers and scales).
+        bytes_after: Bytes of what replaced it: integers and their scales.
         reason: Why this scheme, in words.
     """
 
@@ -119,7 +122,7 @@ class Report:
 
     def to_json(self) -> str:
         """Return the report as indented JSON, keys as in the attributes."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        return json.dumps(_json_value(dataclasses.asdict(self)), indent=2, allow_nan=False) + "\n"
 
     def save(self, path: Path) -> None:
         """Write the JSON to `path`."""
@@ -164,9 +167,18 @@ def versions() -> dict[str, str]:
     return found
 
 
+def _json_value(value: Any) -> Any:
+    """Replace what JSON cannot say, infinity and NaN, by null."""
+    if isinstance(value, dict):
+        return {key: _json_value(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_json_value(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def show(report: Report, console: Console) -> None:
     """Print the layers, grouped by role and scheme, and the model's figures."""
-    table = Table(title=f"{report.model} -> {report.output or 'dry run'}", title_justify="left")
+    table = Table(title=escape(f"{report.model} -> {report.output or 'dry run'}"), title_justify="left")
     for heading, right in (
         ("role", False),
         ("scheme", False),
@@ -188,7 +200,7 @@ def show(report: Report, console: Console) -> None:
             scheme,
             str(len(layers)),
             f"{min(ranges):.1f} .. {max(ranges):.1f}" if ranges else "-",
-            ", ".join(sorted({layer.equalization.split(" ")[0] for layer in layers})),
+            ", ".join(sorted({layer.equalization.split(":")[0] for layer in layers})),
             ", ".join(sorted({layer.weight_method for layer in layers})),
             f"{min(noise):.1f}" if noise else "-",
         )
@@ -208,6 +220,6 @@ def _show_verification(check: Verification, console: Console) -> None:
     parts = [f"output SNR {check.output_snr_db:.1f} dB"]
     if check.kl_mean is not None and check.top1_agreement is not None:
         parts = [f"mean KL {check.kl_mean:.4f} nats", f"top-1 agreement {check.top1_agreement:.1%}", *parts]
-    console.print(f"verified on {check.tokens} tokens of {check.data}: " + ", ".join(parts))
+    console.print(f"verified on {check.tokens} tokens of {escape(check.data)}: " + ", ".join(parts))
     if not check.passed:
         console.print(f"[bold red]mean KL is over the allowed {check.max_kl}[/bold red]")

@@ -44,6 +44,8 @@ def compare_models(
 ) -> Verification:
     """Compare the first outputs of two model files on the same feeds; of language models also the distributions.
 
+    Padding takes part in the first comparison only.
+
     Args:
         reference: The float model.
         converted: The quantized model, as saved.
@@ -62,14 +64,12 @@ def compare_models(
         for path, model in zip((reference, converted), models, strict=True)
     ]
     output = str(models[0].graph.outputs[0].name)
-    meter, kl, agreeing, tokens = NoiseMeter(), 0.0, 0, 0
-    is_language_model = output == LOGITS and models[0].graph.outputs[0].shape is not None
+    meter, kl, agreeing, tokens, scored = NoiseMeter(), 0.0, 0, 0, 0
+    inputs = [describe_inputs(model) for model in models]
     with progress.stage("Verifying", len(batches)) as advance:
         for index, batch in enumerate(batches, start=1):
-            ours, theirs = (
-                opened.run([output], describe_inputs(model).complete(batch, f"verification batch {index}"))[0]
-                for opened, model in zip(reversed(sessions), reversed(models), strict=True)
-            )
+            feeds = [spec.complete(batch, f"verification batch {index}") for spec in inputs]
+            theirs, ours = (opened.run([output], fed)[0] for opened, fed in zip(sessions, feeds, strict=True))
             if ours.shape != theirs.shape or not np.isfinite(ours).all():
                 raise ModelError(
                     str(converted),
@@ -77,21 +77,24 @@ def compare_models(
                     "Report this as a bug, with the model and recipe",
                 )
             meter.add(theirs, ours)
-            tokens += int(np.prod(ours.shape[:2])) if ours.ndim > 2 else len(ours)
-            if is_language_model and ours.ndim == 3:
-                divergences, agrees = divergence(*(logits.reshape(-1, logits.shape[-1]) for logits in (theirs, ours)))
+            positions = inputs[0].token_positions(feeds[0])
+            real = np.ones(ours.shape[:-1], np.bool_) if positions is None else positions >= 0
+            tokens += int(real.sum())
+            if output == LOGITS and ours.ndim == 3 and real.shape == ours.shape[:2]:
+                divergences, agrees = divergence(theirs[real], ours[real])
                 kl += float(divergences.sum())
                 agreeing += int(agrees.sum())
+                scored += len(agrees)
             advance(1)
-    kl_mean = kl / tokens if is_language_model else None
+    kl_mean = kl / scored if scored else None
     return Verification(
         data=data,
         tokens=tokens,
         kl_mean=kl_mean,
-        top1_agreement=agreeing / tokens if is_language_model else None,
+        top1_agreement=agreeing / scored if scored else None,
         output_snr_db=meter.snr_db,
         max_kl=max_kl,
-        passed=max_kl is None or kl_mean is None or kl_mean <= max_kl,
+        passed=max_kl is None or (kl_mean is not None and kl_mean <= max_kl),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -117,7 +118,14 @@ class Calibration:
                 length=self._recipe.calibration.length,
                 seed=self._recipe.calibration.seed,
             )
+            if isinstance(self.data.batches, Iterator) and self._reads_twice:
+                self.data = dataclasses.replace(self.data, batches=list(self.data.batches))
         return _Tee(self.data, self.sample, 0 if self.sample else self._sample_tokens)
+
+    @property
+    def _reads_twice(self) -> bool:
+        """Whether the equalized model is observed too, so that data which come only once must be kept."""
+        return self._recipe.activations.static_range != "absmax" or self._recipe.weights.needs_moments
 
 
 class _Tee(Iterable[Batch]):

@@ -45,7 +45,7 @@ arrays = st_numpy.arrays(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(arrays, st.sampled_from(DTYPES))
 def test_kernel_equals_reference(x: np.ndarray, dtype: str) -> None:
     """Any float values, subnormals and float16 overflow included."""
@@ -57,7 +57,7 @@ def test_kernel_equals_reference(x: np.ndarray, dtype: str) -> None:
     np.testing.assert_array_equal(y, expected_y)
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 600), st.integers(0, 9), st.sampled_from(DTYPES))
 def test_kernel_equals_reference_on_long_rows(seed: int, k: int, rows: int, dtype: str) -> None:
     rng = np.random.default_rng(seed)

@@ -16,6 +16,7 @@ import typer
 import yaml
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 
 import fptq_onnx
 from fptq_onnx.calibration.tokens import encode_text, find_tokenizer, load_tokenizer, read_text
@@ -84,26 +85,28 @@ def _reporting_errors(command: Callable[P, None]) -> Callable[P, None]:
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             command(*args, **kwargs)
-        except VerificationError as error:
-            err.print(f"[bold red]error:[/bold red] {error}", highlight=False)
-            raise typer.Exit(EXIT_VERIFICATION) from None
         except FptqError as error:
-            err.print(f"[bold red]error:[/bold red] {error}", highlight=False)
-            raise typer.Exit(EXIT_FAILED) from None
+            err.print(f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False)
+            raise typer.Exit(EXIT_VERIFICATION if isinstance(error, VerificationError) else EXIT_FAILED) from None
 
     return run
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        out.print(fptq_onnx.__version__, highlight=False)
+        raise typer.Exit
 
 
 @app.callback()
 def _common(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log every decision to stderr.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
 ) -> None:
     handler = RichHandler(console=err, show_path=False, show_time=False)
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", handlers=[handler])
-    if version:
-        out.print(fptq_onnx.__version__)
-        raise typer.Exit
 
 
 def _print_json(value: Any) -> None:
@@ -117,7 +120,10 @@ def _overrides(assignments: list[str]) -> dict[str, Any]:
         name, equals, value = assignment.partition("=")
         if not equals:
             raise typer.BadParameter(f"{assignment!r} is not FIELD=VALUE, such as weights.grid=signed8")
-        parsed[name.strip()] = yaml.safe_load(value)
+        try:
+            parsed[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise typer.BadParameter(f"the value of {assignment!r} is not YAML") from None
     return parsed
 
 
@@ -127,7 +133,7 @@ def convert(
     model: Annotated[Path, typer.Argument(help="Float ONNX model.", show_default=False)],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Quantized model. [default: MODEL.fptq.onnx]", show_default=False),
+        typer.Option("--output", "-o", help="Quantized model. \\[default: MODEL.fptq.onnx]", show_default=False),
     ] = None,
     calibration: Annotated[
         Path | None,
@@ -256,14 +262,14 @@ def export(
     dtype: Annotated[FloatType, typer.Option("--dtype", help="Float type of the weights.")] = FloatType.FLOAT32,
     as_json: AsJson = False,
 ) -> None:
-    """Export a Hugging Face model to ONNX (needs the extra [export])."""
+    r"""Export a Hugging Face model to ONNX (needs the extra \[export])."""
     from fptq_onnx.export import export_model  # torch takes seconds to import
 
     result = export_model(model_dir, out_dir, kv_cache=kv_cache, dtype=dtype.value, progress=TerminalProgress())
     if as_json:
         _print_json({key: str(v) if isinstance(v, Path) else v for key, v in dataclasses.asdict(result).items()})
     else:
-        out.print(f"{model_dir} -> {result.path}")
+        out.print(escape(f"{model_dir} -> {result.path}"), highlight=False)
 
 
 def main() -> None:

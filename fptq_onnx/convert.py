@@ -31,7 +31,7 @@ from fptq_onnx.passes.to_w4a8 import ToW4A8Pass
 from fptq_onnx.planning import GroupDecision, decide_groups, make_plan, observed_groups
 from fptq_onnx.progress import Progress, SilentProgress
 from fptq_onnx.quantization.plan import LayerPlan, Plan
-from fptq_onnx.quantizing import equalize, equalized_statistics, input_moments, layer_quantization
+from fptq_onnx.quantizing import equalize, equalized_statistics, input_moments, layer_quantization, rotate
 from fptq_onnx.recipe import Recipe
 from fptq_onnx.report import LayerReport, Report, SkippedReport, Stopwatch, peak_memory_bytes, versions
 from fptq_onnx.runtime import PROVIDERS, Provider
@@ -125,6 +125,9 @@ def convert(
 
     with watch.stage("load"):
         graph = _Graph.load(source)
+        rotation = rotate(graph.model, settings)
+        if rotation:
+            graph = _Graph.find(graph.model, source)
     with watch.stage("calibrate"):
         groups = observed_groups(graph.groups, settings, edited)
         statistics = data.observe(graph.model, [str(group.activation.name) for group in groups])
@@ -135,7 +138,9 @@ def convert(
             edited.fit(made)
             made = dataclasses.replace(edited, recipe=made.recipe)
         entries = {entry.name: entry for entry in made.layers}
-        report = _start_report(source, None if dry_run else target, output_format, graph, entries, settings, data)
+        report = _start_report(
+            source, None if dry_run else target, output_format, graph, entries, rotation, settings, data
+        )
     if not any(entry.is_quantized for entry in made.layers):
         raise NothingQuantizedError(str(source), _why_nothing(made), "Change include and exclude, or the plan")
     if dry_run:
@@ -203,6 +208,10 @@ class _Graph:
     def load(cls, path: Path) -> _Graph:
         model = load_model(path)
         ensure_opset(model)
+        return cls.find(model, path)
+
+    @classmethod
+    def find(cls, model: ir.Model, path: Path) -> _Graph:
         linears = find_linears(model)
         if not linears.layers:
             reasons = "; ".join(f"{skipped.node_name}: {skipped.reason}" for skipped in linears.skipped[:3])
@@ -220,6 +229,7 @@ def _start_report(
     output_format: Format,
     graph: _Graph,
     entries: Mapping[str, LayerPlan],
+    rotation: dict[str, str],
     settings: Recipe,
     calibration: Calibration,
 ) -> Report:
@@ -231,6 +241,7 @@ def _start_report(
         calibration="none: no activation had to be observed" if data is None else data.description,
         data_free=data is not None and data.source == "random",
         recipe=settings.resolved(),
+        rotation=rotation,
         layers=[_layer_report(layer, entries[layer.name]) for layer in graph.linears.layers],
         skipped=[SkippedReport(*skipped) for skipped in graph.linears.skipped],
         bytes_before=_bytes(graph.model),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Mapping, Sequence
 
@@ -21,6 +22,8 @@ from fptq_onnx.passes.replace_linears import (
     PerTokenQuantizer,
     StaticQuantizer,
 )
+from fptq_onnx.passes.rotate_heads import RotateHeadsPass
+from fptq_onnx.passes.rotate_residual import RotateResidualPass
 from fptq_onnx.planning import GroupDecision
 from fptq_onnx.quantization.int4 import QuantizedWeight, quantize_weight
 from fptq_onnx.quantization.plan import LayerPlan
@@ -30,7 +33,29 @@ from fptq_onnx.quantization.static_range import activation_qparams, static_bound
 from fptq_onnx.quantization.statistics import ActivationStatistics
 from fptq_onnx.recipe import Recipe
 
-__all__ = ["equalize", "equalized_statistics", "input_moments", "layer_quantization"]
+__all__ = ["equalize", "equalized_statistics", "input_moments", "layer_quantization", "rotate"]
+
+logger = logging.getLogger(__name__)
+
+
+def rotate(model: ir.Model, settings: Recipe) -> dict[str, str]:
+    """Apply the rotations of the recipe to the float model in place.
+
+    Returns:
+        For each one that was asked for, by field name, what was done or why it was refused.
+    """
+    passes: dict[str, tuple[bool, RotateHeadsPass | RotateResidualPass]] = {
+        "heads": (settings.rotation.heads, RotateHeadsPass(settings.calibration.seed)),
+        "residual": (settings.rotation.residual, RotateResidualPass(settings.calibration.seed)),
+    }
+    outcome = {}
+    for name, (wanted, rotation) in passes.items():
+        if wanted:
+            rotation(model)
+            outcome[name] = "applied" if rotation.refused is None else f"refused: {rotation.refused}"
+            if rotation.refused is not None:
+                logger.warning("rotation of the %s refused: %s", name, rotation.refused)
+    return outcome
 
 
 def equalize(model: ir.Model, decisions: Sequence[GroupDecision]) -> dict[str, AppliedScale]:

@@ -22,6 +22,7 @@ __all__ = [
     "CalibrationRecipe",
     "EqualizationRecipe",
     "Recipe",
+    "RotationRecipe",
     "VerificationRecipe",
     "WeightRecipe",
 ]
@@ -86,6 +87,21 @@ class EqualizationRecipe(_Section):
     floor: float = Field(default=1e-2, ge=0, le=1)
     """Smallest scale as a fraction of the median scale, so that channels silent in calibration are not amplified
     without bound."""
+
+
+class RotationRecipe(_Section):
+    """Orthogonal changes of coordinates that spread outlier channels, folded into the weights before calibration.
+
+    A model whose architecture does not allow one is converted without it; the report says why.
+    """
+
+    residual: bool = False
+    """Rotate the residual stream of an RMSNorm decoder (QuaRot, arXiv 2404.00456; SpinQuant's R1, arXiv 2405.16406).
+    Embedding and head stay as they are: two float MatMuls of hidden x hidden turn the stream there and back."""
+
+    heads: bool = False
+    """Rotate the value heads and undo it in the output projection (SpinQuant's R2). Changes what a key-value cache
+    holds, not what the model computes."""
 
 
 class WeightRecipe(_Section):
@@ -211,6 +227,9 @@ class Recipe(_Section):
 
     equalization: EqualizationRecipe = EqualizationRecipe()
     """What happens between v0 and v1."""
+
+    rotation: RotationRecipe = RotationRecipe()
+    """Rotations before calibration."""
 
     weights: WeightRecipe = WeightRecipe()
     """How weights become int4."""

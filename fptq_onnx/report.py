@@ -111,6 +111,7 @@ class Report:
     calibration: str
     data_free: bool
     recipe: dict[str, Any]
+    rotation: dict[str, str]
     layers: list[LayerReport]
     skipped: list[SkippedReport]
     bytes_before: int

@@ -22,14 +22,14 @@
 
 namespace fptq::packing {
 
-inline constexpr int kStripN = 64;                                    // channels of a block
-inline constexpr int kBlockK = 128;                                   // rows of K of a block
-inline constexpr int kStepK = 32;                                     // rows of K of one tensor-core step
-inline constexpr int kStepsPerBlock = kBlockK / kStepK;               // 4
-inline constexpr int kBlockBytes = kStripN * kBlockK / 2;             // 4096
-inline constexpr int kGroupThreads = 128;                             // threads that share a block
-inline constexpr int kWordsPerBlock = kBlockBytes / 4;                // 1024
-inline constexpr int kHalfBytes = kBlockBytes / 2;                    // two steps of all threads
+inline constexpr int kStripN = 64;                         // channels of a block
+inline constexpr int kBlockK = 128;                        // rows of K of a block
+inline constexpr int kStepK = 32;                          // rows of K of one tensor-core step
+inline constexpr int kStepsPerBlock = kBlockK / kStepK;    // 4
+inline constexpr int kBlockBytes = kStripN * kBlockK / 2;  // 4096
+inline constexpr int kGroupThreads = 128;                  // threads that share a block
+inline constexpr int kWordsPerBlock = kBlockBytes / 4;     // 1024
+inline constexpr int kHalfBytes = kBlockBytes / 2;         // two steps of all threads
 inline constexpr int kMaxScaleMultiple = 15;
 /// Longest K whose integer-structured sum |q * i| <= 120 against uint8 is sure to fit int32.
 inline constexpr int64_t kMaxIntegerK = (int64_t{1} << 31) / (120 * 255);
@@ -53,10 +53,10 @@ FPTQ_HD constexpr int PromotionK(int64_t k, int64_t block_size) {
 struct Layout {
   int64_t k = 0, n = 0;
   int64_t block_size = 0;
-  int64_t strips = 0;       ///< ceil(n / 64)
-  int64_t k_blocks = 0;     ///< ceil(k / 128)
-  int promotion_k = 0;      ///< 32, 64 or 128 rows of K per promotion; 0 for the reference kernel only
-  int block_stride = 0;     ///< bytes from one block to the next: 4096 and its scales [RowsPerBlock()][64]
+  int64_t strips = 0;    ///< ceil(n / 64)
+  int64_t k_blocks = 0;  ///< ceil(k / 128)
+  int promotion_k = 0;   ///< 32, 64 or 128 rows of K per promotion; 0 for the reference kernel only
+  int block_stride = 0;  ///< bytes from one block to the next: 4096 and its scales [RowsPerBlock()][64]
 
   /// `scale_bytes`: of one scale (IntegerScale has 2).
   FPTQ_HD static Layout Of(int64_t k, int64_t n, int64_t block_size, int scale_bytes) {

@@ -36,16 +36,16 @@ FPTQ_HD constexpr Tile TileAt(int index, int tiles_m, int tiles_n, int band) {
 
 /// A kernel configuration. Zero fields are free for Choose*.
 struct Config {
-  int tile_m = 0;   ///< tokens
-  int tile_n = 0;   ///< channels
-  int split_k = 0;  ///< CTAs of a cluster that share a tile
-  int stages = 0;   ///< depth of the shared-memory ring; streaming kernel: of all groups' rings together
-  int clusters = 0; ///< streaming kernel: clusters of split_k CTAs
+  int tile_m = 0;    ///< tokens
+  int tile_n = 0;    ///< channels
+  int split_k = 0;   ///< CTAs of a cluster that share a tile
+  int stages = 0;    ///< depth of the shared-memory ring; streaming kernel: of all groups' rings together
+  int clusters = 0;  ///< streaming kernel: clusters of split_k CTAs
 };
 
-/// Places in the shared memory of a CTA: a ring of stages of 128 rows of K, each a tile of activations and one block (with
-/// its scales) of each of `strips` strips. Tiles come first: the copy engine's swizzle wants them aligned to 1 KB.
-/// When the ring is empty, the sums of a split tile take its place.
+/// Places in the shared memory of a CTA: a ring of stages of 128 rows of K, each a tile of activations and one block
+/// (with its scales) of each of `strips` strips. Tiles come first: the copy engine's swizzle wants them aligned to 1
+/// KB. When the ring is empty, the sums of a split tile take its place.
 struct RingMemory {
   int tile_bytes, block_stride;  ///< of one stage; of one strip and stage
   int weights, barriers, total;  ///< offsets, and the whole
@@ -84,13 +84,6 @@ inline int DeepestRing(const DeviceLimits& device, int ctas, int blocks, int tok
   return stages;
 }
 
-/// Doubles `split` while the clusters still run at once and each CTA keeps at least `least` blocks.
-inline int ChooseSplit(const DeviceLimits& device, int64_t tiles, int blocks, int least) {
-  int split = 1;
-  while (split < 8 && tiles <= device.clusters[split * 2] && blocks / (split * 2) >= least) split *= 2;
-  return split;
-}
-
 /// Groups of four warps in a CTA of the streaming kernel, each with a strip of its own.
 FPTQ_HD constexpr int StreamGroups(int tokens) { return tokens <= 16 ? 4 : 2; }
 
@@ -101,11 +94,11 @@ inline constexpr int kChunkBlocks = 2;
 inline constexpr int kStreamProducers = 2;
 
 /// Shared memory of a CTA of the streaming kernel. The activations of its share of K stay for its whole life; every
-/// group has a ring of its own (so that a group may run ahead of another: a barrier's parity tells one lap from the next
-/// only) that carries chunks of weights; `inbox` receives the sums of the other CTAs of the cluster, twice per
+/// group has a ring of its own (so that a group may run ahead of another: a barrier's parity tells one lap from the
+/// next only) that carries chunks of weights; `inbox` receives the sums of the other CTAs of the cluster, twice per
 /// group because a round is read while the next one arrives.
 struct StreamMemory {
-  int tile_bytes, chunk_bytes, inbox_bytes;    ///< of one block of K; of one stage; of one group and round
+  int tile_bytes, chunk_bytes, inbox_bytes;     ///< of one block of K; of one stage; of one group and round
   int inbox, weights, barriers, barrier_count;  ///< offsets; activations are at 0
   int total;
 
@@ -139,9 +132,9 @@ struct StreamWork {
   }
 };
 
-/// The streaming kernel for m tokens: clusters of at least two CTAs share K, strips are dealt to clusters evenly. stages = 0 if the activations do not fit: then the kernel cannot run.
-inline Config ChooseStream(const DeviceLimits& device, const packing::Layout& layout, int64_t m,
-                           Config config) {
+/// The streaming kernel for m tokens: clusters of at least two CTAs share K, strips are dealt to clusters evenly.
+/// stages = 0 if the activations do not fit: then the kernel cannot run.
+inline Config ChooseStream(const DeviceLimits& device, const packing::Layout& layout, int64_t m, Config config) {
   if (config.tile_m == 0) config.tile_m = m <= 8 ? 8 : m <= 16 ? 16 : m <= 32 ? 32 : 64;
   if (config.split_k == 1) config.split_k = 2;
   const int blocks = static_cast<int>(layout.k_blocks);
@@ -155,13 +148,12 @@ inline Config ChooseStream(const DeviceLimits& device, const packing::Layout& la
       if (room > device.shared_per_cta) room = device.shared_per_cta;
       const int share = (blocks + split - 1) / split;
       depth = 0;
-      while (depth < 24 && StreamMemory::Of(config.tile_m, share, depth + 1, layout.block_stride).total <= room) ++depth;
+      while (depth < 24 && StreamMemory::Of(config.tile_m, share, depth + 1, layout.block_stride).total <= room)
+        ++depth;
     }
     return depth < groups ? 0 : depth / groups * groups;
   };
-  const auto per_cluster = [&](int split) {
-    return (strips + device.clusters[split] - 1) / device.clusters[split];
-  };
+  const auto per_cluster = [&](int split) { return (strips + device.clusters[split] - 1) / device.clusters[split]; };
   if (config.split_k == 0) {
     int64_t best = INT64_MAX;
     for (int split = 2; split <= 8; split *= 2) {
@@ -174,7 +166,7 @@ inline Config ChooseStream(const DeviceLimits& device, const packing::Layout& la
       const int64_t active = per < groups ? per : groups;
       const int64_t bandwidth = 220 * per * share;
       const int64_t latency = rounds * share * (250 + 80 * active + 10 * config.tile_m);
-      const int64_t cost = (bandwidth > latency ? bandwidth : latency) + 100 * split;
+      const int64_t cost = (bandwidth > latency ? bandwidth : latency) + 800 * rounds + 100 * split;
       if (cost < best) {
         best = cost;
         config.split_k = split;
@@ -188,19 +180,38 @@ inline Config ChooseStream(const DeviceLimits& device, const packing::Layout& la
   return config;
 }
 
-/// The warpgroup kernel for m tokens: one CTA per multiprocessor. `wide`: tiles of 256 channels are allowed.
+/// The warpgroup kernel for m tokens: the tile shape and split with the least estimated time, one CTA per
+/// multiprocessor. `wide`: tiles of 256 channels are allowed.
 inline Config ChooseWarpgroup(const DeviceLimits& device, const packing::Layout& layout, int64_t m, bool wide,
                               Config config) {
-  if (config.tile_m == 0) config.tile_m = m <= 64 ? 64 : 128;
-  if (config.tile_n == 0) {
-    const int64_t tiles = packing::CeilDiv(m, config.tile_m) * packing::CeilDiv(layout.strips, 4);
-    config.tile_n = wide && config.tile_m == 128 && tiles * 4 >= device.multiprocessors * 3 ? 256 : 128;
+  struct Shape {
+    int tile_m, tile_n;
+    int64_t block_ns;  ///< time of 128 rows of K on an H200, measured
+  };
+  const Shape shapes[] = {{64, 128, 350}, {128, 128, 630}, {128, 256, 1060}};
+  const int blocks = static_cast<int>(layout.k_blocks);
+  const Config wanted = config;
+  int64_t best = INT64_MAX;
+  for (const Shape& shape : shapes) {
+    if (wanted.tile_m != 0 && wanted.tile_m != shape.tile_m) continue;
+    if (wanted.tile_n != 0 ? wanted.tile_n != shape.tile_n : shape.tile_n == 256 && !wide) continue;
+    const int64_t tiles =
+        packing::CeilDiv(m, shape.tile_m) * packing::CeilDiv(layout.strips * packing::kStripN, shape.tile_n);
+    for (int split = 1; split <= 8; split *= 2) {
+      if (wanted.split_k != 0 && wanted.split_k != split) continue;
+      if (wanted.split_k == 0 && split > 1 && (tiles > device.clusters[split] || blocks / split < 4)) continue;
+      const int64_t waves = split > 1 ? 1 : packing::CeilDiv(tiles, device.multiprocessors);
+      const int64_t reduction = split > 1 ? int64_t{3000} * shape.tile_m * shape.tile_n / (64 * 128) : 0;  // measured
+      const int64_t cost = waves * packing::CeilDiv(blocks, split) * shape.block_ns + reduction;
+      if (cost >= best) continue;
+      best = cost;
+      config = {shape.tile_m, shape.tile_n, split, wanted.stages, 0};
+    }
   }
   const int strips = config.tile_n / packing::kStripN;
-  const int blocks = static_cast<int>(layout.k_blocks);
-  const int64_t tiles = packing::CeilDiv(layout.strips, strips) * packing::CeilDiv(m, config.tile_m);
-  if (config.split_k == 0) config.split_k = ChooseSplit(device, tiles, blocks, 4);
-  if (config.stages == 0) config.stages = DeepestRing(device, 1, 64, config.tile_m, strips, layout.block_stride);
+  if (config.stages == 0 && strips > 0) {
+    config.stages = DeepestRing(device, 1, 64, config.tile_m, strips, layout.block_stride);
+  }
   return config;
 }
 

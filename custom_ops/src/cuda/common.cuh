@@ -35,8 +35,9 @@ inline void Check(cudaError_t status, const char* what) {
 struct MatMulArguments {
   WeightView weights;
   MatMulCall call;
-  int split;   ///< CTAs of a cluster that share a tile
-  int stages;  ///< depth of the shared-memory ring
+  int split;             ///< CTAs of a cluster that share a tile
+  int stages;            ///< depth of the shared-memory ring
+  int tiles_m, tiles_n;  ///< warpgroup kernel: tiles of the output
 };
 
 /// How a kernel scales its integer sums.
@@ -168,7 +169,8 @@ void LaunchWarpgroup(const Device& device, const MatMulArguments& args, const Pl
 void LaunchTile(const Device& device, const MatMulArguments& args, Stream stream);
 void LaunchReference(const Device& device, const MatMulArguments& args, Stream stream);
 
-/// Clusters of `size` CTAs that the current device runs at once, one CTA of the streaming kernel on each multiprocessor.
+/// Clusters of `size` CTAs that the current device runs at once, one CTA of the streaming kernel on each
+/// multiprocessor.
 int MaxActiveClusters(const Device& device, int size);
 
 }  // namespace fptq::cuda

@@ -31,7 +31,7 @@ struct Device {
   int index = 0;
   int capability = 0;  ///< 10 * major + minor
   int multiprocessors = 0;
-  int max_shared_bytes = 0;  ///< per CTA
+  int max_shared_bytes = 0;           ///< per CTA
   void* encode_tensor_map = nullptr;  ///< cuTensorMapEncodeTiled, null before sm_90
 
   int shared_per_multiprocessor = 0;
@@ -68,17 +68,17 @@ struct WeightView {
   packing::Layout layout;
   packing::Encoding encoding = packing::Encoding::kFloat;
   DataType type = DataType::kFloat32;
-  const uint8_t* blocks = nullptr;         ///< [strips][k_blocks][block_stride], see packing.h
-  const void* scales = nullptr;            ///< T [groups][n], for the reference kernel where promotion_k is 0
-  const float* column_base = nullptr;      ///< [strips * 64]: sum_k scale * q, or the column's base scale
-  const int32_t* column_sum = nullptr;     ///< [strips * 64]: sum_k q * i; integer encoding only
+  const uint8_t* blocks = nullptr;      ///< [strips][k_blocks][block_stride], see packing.h
+  const void* scales = nullptr;         ///< T [groups][n], for the reference kernel where promotion_k is 0
+  const float* column_base = nullptr;   ///< [strips * 64]: sum_k scale * q, or the column's base scale
+  const int32_t* column_sum = nullptr;  ///< [strips * 64]: sum_k q * i; integer encoding only
 };
 
 /// One weight in device memory, in the kernels' own layout.
 class PackedWeights {
  public:
-  /// Packs on the current device; `b` (int4 [k, n]) and `b_scale` (T [ceil(k / block_size), n]) may lie on the host or on
-  /// the device. Integer-structured scales (scale_max_multiple > 0) are used only where they are verified here.
+  /// Packs on the current device; `b` (int4 [k, n]) and `b_scale` (T [ceil(k / block_size), n]) may lie on the host or
+  /// on the device. Integer-structured scales (scale_max_multiple > 0) are used only where they are verified here.
   /// Synchronises `stream`. Throws CudaError.
   static std::unique_ptr<PackedWeights> Pack(const void* b, const void* b_scale, DataType type, int64_t k, int64_t n,
                                              int64_t block_size, int scale_max_multiple, Stream stream);
@@ -101,8 +101,8 @@ class PackedWeights {
 
 /// The operands of one product; device memory.
 struct MatMulCall {
-  const uint8_t* a = nullptr;           ///< [m, k]
-  const float* a_scale = nullptr;       ///< [1], or [m] where per_token
+  const uint8_t* a = nullptr;      ///< [m, k]
+  const float* a_scale = nullptr;  ///< [1], or [m] where per_token
   bool per_token = false;
   const uint8_t* a_zero_point = nullptr;  ///< [1]
   int64_t m = 0;

@@ -82,10 +82,13 @@ int fptq_w4a8_matmul(const FptqWeights* weights, const void* a, const void* a_sc
 int fptq_describe_plan(const FptqWeights* weights, int64_t m, FptqMatMulOptions* chosen) {
   return Guarded([&] {
     const fptq::cuda::WeightView& view = weights->packed->view();
-    const fptq::cuda::Plan plan =
-        fptq::cuda::ChoosePlan(weights->packed->device(), view, m, view.layout.k % 16 == 0);
-    *chosen = {static_cast<int32_t>(plan.kernel), static_cast<int32_t>(plan.loader), plan.config.tile_m,
-               plan.config.tile_n,                plan.config.split_k,               plan.config.stages,
+    const fptq::cuda::Plan plan = fptq::cuda::ChoosePlan(weights->packed->device(), view, m, view.layout.k % 16 == 0);
+    *chosen = {static_cast<int32_t>(plan.kernel),
+               static_cast<int32_t>(plan.loader),
+               plan.config.tile_m,
+               plan.config.tile_n,
+               plan.config.split_k,
+               plan.config.stages,
                plan.overlap ? 0 : 1};
   });
 }
@@ -109,15 +112,13 @@ int fptq_quantize_static(const void* x, int32_t dtype, int64_t count, const void
 }
 
 int fptq_bench_read(const void* data, int64_t bytes, void* sink, void* stream) {
-  return Guarded([&] {
-    fptq::cuda::LaunchReadBenchmark(Device::Current(), data, bytes, sink, static_cast<Stream>(stream));
-  });
+  return Guarded(
+      [&] { fptq::cuda::LaunchReadBenchmark(Device::Current(), data, bytes, sink, static_cast<Stream>(stream)); });
 }
 
 int fptq_bench_wgmma(int32_t iterations, void* sink, void* stream) {
-  return Guarded([&] {
-    fptq::cuda::LaunchWgmmaBenchmark(Device::Current(), iterations, sink, static_cast<Stream>(stream));
-  });
+  return Guarded(
+      [&] { fptq::cuda::LaunchWgmmaBenchmark(Device::Current(), iterations, sink, static_cast<Stream>(stream)); });
 }
 
 }  // extern "C"

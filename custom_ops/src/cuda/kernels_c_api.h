@@ -18,13 +18,14 @@ extern "C" {
 typedef struct FptqWeights FptqWeights;
 
 typedef struct FptqMatMulOptions {
-  int32_t kernel;  // 0 = chosen by M, 1 = streaming (mma.sync), 2 = warpgroup (wgmma, sm_90a), 3 = reference (any block)
-  int32_t loader;  // streaming kernel: 0 = chosen, 1 = bulk copies (sm_90+), 2 = cp.async
-  int32_t tile_m;  // tokens per CTA; 0 = chosen. streaming: 8, 16, 32, 64; warpgroup: 64, 128
-  int32_t tile_n;  // channels per CTA; 0 = chosen. warpgroup: 128, 256; the streaming kernel has its own
-  int32_t split_k; // CTAs of one cluster that share a tile; 0 = chosen, else 1, 2, 4, 8
-  int32_t stages;  // depth of the shared-memory ring; 0 = chosen
-  int32_t overlap; // programmatic dependent launch: 0 = on, 1 = off
+  int32_t
+      kernel;  // 0 = chosen by M, 1 = streaming (mma.sync), 2 = warpgroup (wgmma, sm_90a), 3 = reference (any block)
+  int32_t loader;   // streaming kernel: 0 = chosen, 1 = bulk copies (sm_90+), 2 = cp.async
+  int32_t tile_m;   // tokens per CTA; 0 = chosen. streaming: 8, 16, 32, 64; warpgroup: 64, 128
+  int32_t tile_n;   // channels per CTA; 0 = chosen. warpgroup: 128, 256; the streaming kernel has its own
+  int32_t split_k;  // CTAs of one cluster that share a tile; 0 = chosen, else 1, 2, 4, 8
+  int32_t stages;   // depth of the shared-memory ring; 0 = chosen
+  int32_t overlap;  // programmatic dependent launch: 0 = on, 1 = off
 } FptqMatMulOptions;
 
 FPTQ_EXPORT const char* fptq_last_error(void);
@@ -34,12 +35,12 @@ FPTQ_EXPORT const char* fptq_last_error(void);
 FPTQ_EXPORT int fptq_pack_weights(const void* b, const void* b_scale, int32_t dtype, int64_t k, int64_t n,
                                   int64_t block_size, int32_t scale_max_multiple, void* stream, FptqWeights** weights);
 FPTQ_EXPORT void fptq_free_weights(FptqWeights* weights);
-FPTQ_EXPORT int64_t fptq_weights_bytes(const FptqWeights* weights);          // device memory held
+FPTQ_EXPORT int64_t fptq_weights_bytes(const FptqWeights* weights);           // device memory held
 FPTQ_EXPORT int32_t fptq_weights_integer_scales(const FptqWeights* weights);  // 1: verified base * i, one int32 sum
 
 // y[m, n] = a_scale * sum_g b_scale[g, n] * sum_{k in g} (a - zero_point) * b.
-// a: uint8 [m, k]; a_scale: float32 [1] or [m] (per_token != 0); a_zero_point: uint8 [1]; y: dtype [m, n]; device memory.
-// options may be NULL (all chosen).
+// a: uint8 [m, k]; a_scale: float32 [1] or [m] (per_token != 0); a_zero_point: uint8 [1]; y: dtype [m, n]; device
+// memory. options may be NULL (all chosen).
 FPTQ_EXPORT int fptq_w4a8_matmul(const FptqWeights* weights, const void* a, const void* a_scale, int32_t per_token,
                                  const void* a_zero_point, int64_t m, void* y, const FptqMatMulOptions* options,
                                  void* stream);
@@ -49,7 +50,8 @@ FPTQ_EXPORT int fptq_describe_plan(const FptqWeights* weights, int64_t m, FptqMa
 // x: dtype [m, k] -> q: uint8 [m, k] (zero point 128), scale: float32 [m].
 FPTQ_EXPORT int fptq_dynamic_quantize_per_token(const void* x, int32_t dtype, int64_t m, int64_t k, void* q,
                                                 void* scale, void* stream);
-// x: dtype [count] -> q = saturate_uint8(round_half_even(x / scale) + zero_point), scale float32 [1], zero point uint8 [1].
+// x: dtype [count] -> q = saturate_uint8(round_half_even(x / scale) + zero_point), scale float32 [1], zero point uint8
+// [1].
 FPTQ_EXPORT int fptq_quantize_static(const void* x, int32_t dtype, int64_t count, const void* scale,
                                      const void* zero_point, void* q, void* stream);
 

@@ -65,10 +65,9 @@ CUtensorMap ActivationMap(const Device& device, const MatMulCall& call, int64_t 
   const cuuint64_t stride[] = {static_cast<cuuint64_t>(k)};
   const cuuint32_t box[] = {kBlockK, static_cast<cuuint32_t>(rows)};
   const cuuint32_t element_stride[] = {1, 1};
-  const CUresult result =
-      encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<uint8_t*>(call.a), size, stride, box, element_stride,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result = encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<uint8_t*>(call.a), size, stride,
+                                 box, element_stride, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) throw CudaError("cuTensorMapEncodeTiled: error " + std::to_string(result));
   return map;
 }
@@ -117,7 +116,7 @@ void LaunchMatMul(const Device& device, const WeightView& weights, const MatMulC
   if (call.m == 0) return;
   const bool aligned = weights.layout.k % 16 == 0 && reinterpret_cast<uintptr_t>(call.a) % 16 == 0;
   const Plan plan = ChoosePlan(device, weights, call.m, aligned, wanted);
-  const MatMulArguments args = {weights, call, plan.config.split_k, plan.config.stages};
+  const MatMulArguments args = {weights, call, plan.config.split_k, plan.config.stages, 0, 0};
   switch (plan.kernel) {
     case Kernel::kStream:
       if (plan.loader == Loader::kAsync) return LaunchTile(device, args, stream);

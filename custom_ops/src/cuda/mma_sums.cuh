@@ -24,14 +24,30 @@ class MmaSums {
     const uint8_t* own_scales = weights + kBlockBytes + packing::ThreadChannel(thread) * (kFloat ? sizeof(T) : 2);
     packing::SpreadScales multipliers;
     if constexpr (!kFloat) multipliers = packing::Spread(*reinterpret_cast<const uint32_t*>(own_scales));
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint4 words = *reinterpret_cast<const uint4*>(weights + half * kHalfBytes + thread * 16);
-      uint32_t b[kFragments][4];
+    // Few tokens: everything is loaded first, so that the latencies overlap. Many: half a block at a time, for
+    // registers.
+    constexpr int kHeld = kTokens <= 16 ? 2 : 1;
+    uint4 words_of[kHeld];
+    uint32_t b_of[kHeld][kFragments][4];
+    const auto load = [&](int half) {
+      words_of[half % kHeld] = *reinterpret_cast<const uint4*>(weights + half * kHalfBytes + thread * 16);
 #pragma unroll
       for (int j = 0; j < kFragments; ++j) {
-        const int chunk = half * 4 + lane / 8;
-        ptx::LoadMatrices(b[j], ptx::SharedAddress(tile + packing::SwizzledOffset(j * 8 + lane % 8, chunk)));
+        const int offset = packing::SwizzledOffset(j * 8 + lane % 8, half * 4 + lane / 8);
+        ptx::LoadMatrices(b_of[half % kHeld][j], ptx::SharedAddress(tile + offset));
+      }
+    };
+    if constexpr (kHeld == 2) {
+      load(0);
+      load(1);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if constexpr (kHeld == 1) load(half);
+      const uint4& words = words_of[half % kHeld];
+      auto& b = b_of[half % kHeld];
+#pragma unroll
+      for (int j = 0; j < kFragments; ++j) {
 #pragma unroll
         for (int r = 0; r < 4; ++r) b[j][r] ^= packing::kCentre128;
       }

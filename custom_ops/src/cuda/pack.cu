@@ -17,8 +17,7 @@ class Temporary {
  public:
   Temporary(const void* source, int64_t bytes, Stream stream) {
     Check(cudaMalloc(&memory_, static_cast<size_t>(bytes)), "cudaMalloc while packing weights");
-    const cudaError_t copied =
-        cudaMemcpyAsync(memory_, source, static_cast<size_t>(bytes), cudaMemcpyDefault, stream);
+    const cudaError_t copied = cudaMemcpyAsync(memory_, source, static_cast<size_t>(bytes), cudaMemcpyDefault, stream);
     if (copied != cudaSuccess) cudaFree(memory_);
     Check(copied, "cudaMemcpyAsync while packing weights");
   }
@@ -138,7 +137,8 @@ std::unique_ptr<PackedWeights> PackedWeights::Pack(const void* b, const void* b_
     view.encoding = Encoding::kInteger;
   }
   const bool is_integer = view.encoding == Encoding::kInteger;
-  view.layout = packing::Layout::Of(k, n, block_size, is_integer ? static_cast<int>(sizeof(packing::IntegerScale)) : element);
+  view.layout =
+      packing::Layout::Of(k, n, block_size, is_integer ? static_cast<int>(sizeof(packing::IntegerScale)) : element);
   const packing::Layout& layout = view.layout;
   const bool scales_apart = layout.promotion_k == 0;
 
@@ -168,9 +168,9 @@ std::unique_ptr<PackedWeights> PackedWeights::Pack(const void* b, const void* b_
     PackIntegerScales<<<scale_blocks, kThreads, 0, stream>>>(layout, i, memory);
     SumIntegerColumns<<<Blocks(channels), kThreads, 0, stream>>>(layout, values, i, column_sum);
     integer.base.resize(static_cast<size_t>(channels), 0.0f);
-    Check(cudaMemcpyAsync(column_base, integer.base.data(), static_cast<size_t>(channels) * 4, cudaMemcpyDefault,
-                          stream),
-          "cudaMemcpyAsync");
+    Check(
+        cudaMemcpyAsync(column_base, integer.base.data(), static_cast<size_t>(channels) * 4, cudaMemcpyDefault, stream),
+        "cudaMemcpyAsync");
     Check(cudaStreamSynchronize(stream), "packing weights");
   } else {
     const Temporary raw_scales(b_scale, groups * n * element, stream);

@@ -17,8 +17,8 @@ struct alignas(sizeof(T) == 4 ? 16 : 8 * sizeof(T)) Vector {
   T values[kVector];
 };
 
-/// round_half_even(x / scale) + 128, clamped to 1..255, exactly as division gives it: the reciprocal's error can move the
-/// quotient over a rounding boundary only near one, and there the division is carried out.
+/// round_half_even(x / scale) + 128, clamped to 1..255, exactly as division gives it: the reciprocal's error can move
+/// the quotient over a rounding boundary only near one, and there the division is carried out.
 struct Quantizer {
   float scale, reciprocal;
   bool by_reciprocal;
@@ -116,9 +116,8 @@ __global__ void __launch_bounds__(kMaxThreads)
 }
 
 template <class T>
-__global__ void __launch_bounds__(256)
-    QuantizeStatic(const T* __restrict__ x, int64_t count, const float* scale_in, const uint8_t* zero_point_in,
-                   uint8_t* __restrict__ q) {
+__global__ void __launch_bounds__(256) QuantizeStatic(const T* __restrict__ x, int64_t count, const float* scale_in,
+                                                      const uint8_t* zero_point_in, uint8_t* __restrict__ q) {
   ptx::AllowSuccessors();
   ptx::WaitForPredecessors();
   const float scale = *scale_in;
@@ -163,8 +162,8 @@ void LaunchStaticQuantize(const Device& device, DataType type, const void* x, in
                           const uint8_t* zero_point, uint8_t* q, Stream stream) {
   if (count == 0) return;
   LaunchShape shape;
-  shape.grid = dim3(static_cast<unsigned>(
-      std::min<int64_t>(packing::CeilDiv(count, 256), int64_t{device.multiprocessors} * 16)));
+  shape.grid = dim3(
+      static_cast<unsigned>(std::min<int64_t>(packing::CeilDiv(count, 256), int64_t{device.multiprocessors} * 16)));
   shape.threads = 256;
   shape.shared_bytes = 0;
   shape.overlap = device.HasBulkCopies();

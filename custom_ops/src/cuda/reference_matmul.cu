@@ -65,9 +65,7 @@ void LaunchReference(const Device& device, const MatMulArguments& args, Stream s
   shape.threads = kThreads;
   shape.shared_bytes = 0;
   shape.overlap = device.HasBulkCopies();
-  ForType(args.weights.type, [&](auto zero) {
-    Launch(ReferenceKernel<decltype(zero)>, shape, stream, args);
-  });
+  ForType(args.weights.type, [&](auto zero) { Launch(ReferenceKernel<decltype(zero)>, shape, stream, args); });
 }
 
 }  // namespace fptq::cuda

@@ -1,11 +1,11 @@
-// Small M on sm_90 and newer: weights stream once from device memory through shared memory into mma.m16n8k32, weights as
-// its 16-row operand and tokens as the 8-column one. See README.md for the pipeline.
+// Small M on sm_90 and newer: weights stream once from device memory through shared memory into mma.m16n8k32, weights
+// as its 16-row operand and tokens as the 8-column one. See README.md for the pipeline.
 //
 // The CTAs of a cluster share K: rank r holds the activations of its share in shared memory for its whole life and
-// multiplies that share of every strip of the cluster. Roles: groups of four warps, each with a strip of its own, and two
-// producer warps that keep the groups' rings of weight chunks full. When a group
-// has finished its share of a strip, every thread sends its sums to the ranks that own them (asynchronous stores into
-// their inbox); each rank adds the shares of its part of the strip in rank order: no atomics, the same bytes every run.
+// multiplies that share of every strip of the cluster. Roles: groups of four warps, each with a strip of its own, and
+// two producer warps that keep the groups' rings of weight chunks full. When a group has finished its share of a strip,
+// every thread sends its sums to the ranks that own them (asynchronous stores into their inbox); each rank adds the
+// shares of its part of the strip in rank order: no atomics, the same bytes every run.
 
 #include <climits>
 
@@ -28,16 +28,21 @@ class StreamCta {
 
  public:
   __device__ StreamCta(const MatMulArguments& args, uint8_t* shared_memory)
-      : args(args), split(args.split), rank(static_cast<int>(blockIdx.x) % split), depth(args.stages / Shape::kGroups),
+      : args(args),
+        split(args.split),
+        rank(static_cast<int>(blockIdx.x) % split),
+        depth(args.stages / Shape::kGroups),
         work(plan::StreamWork::Of(static_cast<int>(args.weights.layout.strips), static_cast<int>(blockIdx.x) / split,
                                   static_cast<int>(gridDim.x) / split)),
         blocks(plan::Share(static_cast<int>(args.weights.layout.k_blocks), rank, split)),
-        first_row(static_cast<int>(blockIdx.y) * kTokens), shared(shared_memory),
-        memory(plan::StreamMemory::Of(
-            kTokens, static_cast<int>(packing::CeilDiv(args.weights.layout.k_blocks, split)), args.stages,
-            args.weights.layout.block_stride)),
-        full(reinterpret_cast<uint64_t*>(shared + memory.barriers)), empty(full + args.stages),
-        received(empty + args.stages), activations(received + 2 * Shape::kGroups) {}
+        first_row(static_cast<int>(blockIdx.y) * kTokens),
+        shared(shared_memory),
+        memory(plan::StreamMemory::Of(kTokens, static_cast<int>(packing::CeilDiv(args.weights.layout.k_blocks, split)),
+                                      args.stages, args.weights.layout.block_stride)),
+        full(reinterpret_cast<uint64_t*>(shared + memory.barriers)),
+        empty(full + args.stages),
+        received(empty + args.stages),
+        activations(received + 2 * Shape::kGroups) {}
 
   __device__ uint8_t* Chunk(int stage) const { return shared + memory.weights + stage * memory.chunk_bytes; }
 
@@ -67,8 +72,8 @@ struct RingPosition {
   }
 };
 
-/// One thread per producer: weights first, which are constants, then the activations, once the kernels ahead have written
-/// them.
+/// One thread per producer: weights first, which are constants, then the activations, once the kernels ahead have
+/// written them.
 template <int kTokens>
 __device__ __forceinline__ void Produce(const StreamCta<kTokens>& cta, const CUtensorMap& map, int producer) {
   using Shape = StreamShape<kTokens>;
@@ -140,7 +145,7 @@ __device__ __forceinline__ void Consume(const StreamCta<kTokens>& cta) {
       const uint8_t* weights = cta.Chunk(stage);
       const uint8_t* tile = cta.shared + (block - cta.blocks.begin) * memory.tile_bytes;
       ptx::BarrierWait(cta.full + stage, at.parity);
-#pragma unroll 1
+#pragma unroll kTokens <= 16 ? plan::kChunkBlocks : 1
       for (int i = 0; i < count; ++i) {
         sums.Add(weights + i * layout.block_stride, tile + i * memory.tile_bytes, layout);
       }
@@ -170,7 +175,7 @@ __device__ __forceinline__ void Consume(const StreamCta<kTokens>& cta) {
 }
 
 template <class T, Promotion kPromotion, int kTokens>
-__global__ void __launch_bounds__(StreamShape<kTokens>::kThreads, kTokens == 8 ? 2 : 1)
+__global__ void __launch_bounds__(StreamShape<kTokens>::kThreads, 1)
     StreamKernel(const __grid_constant__ MatMulArguments args, const __grid_constant__ CUtensorMap map) {
 #if __CUDA_ARCH__ >= 900
   using Shape = StreamShape<kTokens>;

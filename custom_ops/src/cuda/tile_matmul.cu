@@ -1,6 +1,6 @@
 // Any device, any K: mma.m16n8k32 with cp.async. Runs before sm_90, and there for rows of A that are not aligned to 16
-// bytes. A CTA computes kStrips strips of 64 channels for kTokens tokens; every strip has four warps. Stages of 128 rows of
-// K pass through a ring in shared memory that all threads fill.
+// bytes. A CTA computes kStrips strips of 64 channels for kTokens tokens; every strip has four warps. Stages of 128
+// rows of K pass through a ring in shared memory that all threads fill.
 
 #include <algorithm>
 
@@ -29,8 +29,7 @@ class AsyncLoader {
 
  public:
   __device__ AsyncLoader(const MatMulArguments& args, const TileWork& work, uint8_t* shared)
-      : args_(args), work_(work), shared_(shared),
-        memory_(TileMemory<kTokens, kStrips>(args)) {}
+      : args_(args), work_(work), shared_(shared), memory_(TileMemory<kTokens, kStrips>(args)) {}
 
   __device__ void Start() {
     ptx::AllowSuccessors();

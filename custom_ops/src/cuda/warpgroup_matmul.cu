@@ -51,23 +51,23 @@ class WarpgroupCta {
 
  public:
   __device__ WarpgroupCta(const MatMulArguments& args, uint8_t* shared_memory)
-      : args(args), shared(shared_memory), memory(Shape::Memory(args)),
-        full(reinterpret_cast<uint64_t*>(shared + memory.barriers)), empty(full + args.stages),
-        tiles_m(static_cast<int>(packing::CeilDiv(args.call.m, kTokens))),
-        tiles_n(static_cast<int>(packing::CeilDiv(args.weights.layout.strips, Shape::kTileStrips))),
+      : args(args),
+        shared(shared_memory),
+        memory(Shape::Memory(args)),
+        full(reinterpret_cast<uint64_t*>(shared + memory.barriers)),
+        empty(full + args.stages),
         rank(static_cast<int>(blockIdx.x) % args.split),
         blocks(plan::Share(static_cast<int>(args.weights.layout.k_blocks), rank, args.split)) {}
 
   __device__ int FirstTile() const { return static_cast<int>(blockIdx.x) / args.split; }
   __device__ int TileStride() const { return static_cast<int>(gridDim.x) / args.split; }
-  __device__ int TileCount() const { return tiles_m * tiles_n; }
-  __device__ plan::Tile TileAt(int index) const { return plan::TileAt(index, tiles_m, tiles_n, kBand); }
+  __device__ int TileCount() const { return args.tiles_m * args.tiles_n; }
+  __device__ plan::Tile TileAt(int index) const { return plan::TileAt(index, args.tiles_m, args.tiles_n, kBand); }
 
   const MatMulArguments& args;
   uint8_t* shared;
   plan::RingMemory memory;
   uint64_t *full, *empty;
-  int tiles_m, tiles_n;
   int rank;
   plan::Range blocks;
 };
@@ -121,8 +121,10 @@ class Consumer {
 
  public:
   __device__ explicit Consumer(const WarpgroupCta<kTokens, kStrips>& cta)
-      : cta_(cta), group_(static_cast<int>(threadIdx.x) / kGroupThreads - 1),
-        thread_(static_cast<int>(threadIdx.x) % kGroupThreads), channel_(packing::ThreadChannel(thread_)) {}
+      : cta_(cta),
+        group_(static_cast<int>(threadIdx.x) / kGroupThreads - 1),
+        thread_(static_cast<int>(threadIdx.x) % kGroupThreads),
+        channel_(packing::ThreadChannel(thread_)) {}
 
   __device__ void Run() {
     for (int index = cta_.FirstTile(); index < cta_.TileCount(); index += cta_.TileStride()) {
@@ -320,7 +322,7 @@ class Consumer {
   const WarpgroupCta<kTokens, kStrips>& cta_;
   const int group_, thread_, channel_;
   RingPosition at_;
-  int partial_[kInteger ? 1 : kSums];                      // of one strip
+  int partial_[kInteger ? 1 : kSums];                            // of one strip
   uint32_t sums_[kInteger ? 1 : kStrips][kInteger ? 1 : kSums];  // bits of float
   int integer_[kInteger ? kStrips : 1][kInteger ? kSums : 1];
 };
@@ -351,13 +353,14 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 template <class T, Promotion kPromotion, int kTokens, int kStrips>
-void LaunchWarpgroupKernel(const Device& device, const MatMulArguments& args, const Plan& plan, Stream stream) {
+void LaunchWarpgroupKernel(const Device& device, MatMulArguments args, const Plan& plan, Stream stream) {
   using Shape = WarpgroupShape<kTokens, kStrips>;
-  const int64_t tiles = packing::CeilDiv(args.call.m, kTokens) *
-                        packing::CeilDiv(args.weights.layout.strips, Shape::kTileStrips);
+  args.tiles_m = static_cast<int>(packing::CeilDiv(args.call.m, kTokens));
+  args.tiles_n = static_cast<int>(packing::CeilDiv(args.weights.layout.strips, Shape::kTileStrips));
+  const int64_t tiles = int64_t{args.tiles_m} * args.tiles_n;
   LaunchShape shape;
-  shape.grid = dim3(static_cast<unsigned>(
-      args.split > 1 ? tiles * args.split : std::min<int64_t>(tiles, device.multiprocessors)));
+  shape.grid = dim3(
+      static_cast<unsigned>(args.split > 1 ? tiles * args.split : std::min<int64_t>(tiles, device.multiprocessors)));
   shape.threads = kThreads;
   shape.shared_bytes = Shape::Memory(args).total;
   shape.cluster = args.split;

@@ -27,7 +27,7 @@ __device__ __forceinline__ uint64_t TileDescriptor(uint32_t shared_address) {
   return (uint64_t{1} << 62) | (uint64_t{1024 / 16} << 32) | (uint64_t{1} << 16) | (shared_address >> 4 & 0x3FFF);
 }
 
-#define FPTQ_R8(d, i) \
+#define FPTQ_R8(d, i)                                                                                         \
   "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3]), "+r"(d[i + 4]), "+r"(d[i + 5]), "+r"(d[i + 6]), \
       "+r"(d[i + 7])
 #define FPTQ_R32(d, i) FPTQ_R8(d, i), FPTQ_R8(d, i + 8), FPTQ_R8(d, i + 16), FPTQ_R8(d, i + 24)

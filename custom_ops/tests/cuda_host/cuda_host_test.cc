@@ -22,14 +22,14 @@ using namespace fptq::packing;  // NOLINT
 
 int failures = 0;
 
-#define EXPECT(condition, ...)                                                          \
-  do {                                                                                  \
-    if (!(condition)) {                                                                 \
-      ++failures;                                                                       \
-      std::printf("%s:%d: %s failed: ", __FILE__, __LINE__, #condition);                \
-      std::printf(__VA_ARGS__);                                                         \
-      std::printf("\n");                                                                \
-    }                                                                                   \
+#define EXPECT(condition, ...)                                           \
+  do {                                                                   \
+    if (!(condition)) {                                                  \
+      ++failures;                                                        \
+      std::printf("%s:%d: %s failed: ", __FILE__, __LINE__, #condition); \
+      std::printf(__VA_ARGS__);                                          \
+      std::printf("\n");                                                 \
+    }                                                                    \
   } while (false)
 
 int8_t Byte(uint32_t word, int i) { return static_cast<int8_t>(word >> (8 * i) & 0xFF); }
@@ -184,9 +184,9 @@ void TestProducts() {
                   EXPECT(k / shape.block_size == row, "row %lld of scales for k %lld", static_cast<long long>(row),
                          static_cast<long long>(k));
                 }
-                EXPECT(group[static_cast<size_t>(c)] == expected, "k %lld n %lld strip %lld block %d step %d channel %d",
-                       static_cast<long long>(shape.k), static_cast<long long>(shape.n), static_cast<long long>(strip),
-                       block, step, c);
+                EXPECT(group[static_cast<size_t>(c)] == expected,
+                       "k %lld n %lld strip %lld block %d step %d channel %d", static_cast<long long>(shape.k),
+                       static_cast<long long>(shape.n), static_cast<long long>(strip), block, step, c);
               }
               std::fill(group.begin(), group.end(), 0);
               first_step = step + 1;
@@ -215,7 +215,8 @@ void TestProducts() {
   EXPECT(DequantizeFloat(16.0f * 1000, 7.0f, 128, 120, 0.5f) == 0.5f * (1000 + 8 * 7), "zero point");
   // A sum that wraps is made right by the correction that wraps.
   EXPECT(DequantizeInteger(INT32_MIN + 5, -1, 1.0f, 0, 100, 1.0f) ==
-             static_cast<float>(static_cast<int64_t>(INT32_MIN) + 105), "wrap");
+             static_cast<float>(static_cast<int64_t>(INT32_MIN) + 105),
+         "wrap");
 }
 
 void TestLayout() {
@@ -246,7 +247,8 @@ void TestTileOrder() {
       std::set<std::pair<int, int>> seen;
       for (int i = 0; i < tiles_m * tiles_n; ++i) {
         const plan::Tile tile = plan::TileAt(i, tiles_m, tiles_n, 12);
-        EXPECT(tile.m >= 0 && tile.m < tiles_m && tile.n >= 0 && tile.n < tiles_n, "%d of %d x %d", i, tiles_m, tiles_n);
+        EXPECT(tile.m >= 0 && tile.m < tiles_m && tile.n >= 0 && tile.n < tiles_n, "%d of %d x %d", i, tiles_m,
+               tiles_n);
         seen.insert({tile.m, tile.n});
       }
       EXPECT(seen.size() == static_cast<size_t>(tiles_m * tiles_n), "%d x %d", tiles_m, tiles_n);
@@ -296,7 +298,8 @@ void TestStreamPlan() {
               for (int round = 0; round < work.Rounds(groups); ++round) {
                 for (int group = 0; group < work.Active(round, groups); ++group) {
                   const int strip = work.strips.begin + round * groups + group;
-                  for (int block = share.begin; block < share.end; ++block) ++visits[static_cast<size_t>(strip * blocks + block)];
+                  for (int block = share.begin; block < share.end; ++block)
+                    ++visits[static_cast<size_t>(strip * blocks + block)];
                 }
               }
             }

@@ -56,9 +56,13 @@ class WarpgroupCta {
         memory(Shape::Memory(args)),
         full(reinterpret_cast<uint64_t*>(shared + memory.barriers)),
         empty(full + args.stages),
-        rank(static_cast<int>(blockIdx.x) % args.split),
-        blocks(plan::Share(static_cast<int>(args.weights.layout.k_blocks), rank, args.split)) {}
+        rank(static_cast<int>(blockIdx.x) % args.split) {}
 
+  /// This rank's share of K.
+  __device__ plan::Range Blocks() const {
+    return plan::Share(static_cast<int>(args.weights.layout.k_blocks), rank, args.split);
+  }
+  __device__ int BlockCount() const { return Blocks().end - Blocks().begin; }
   __device__ int FirstTile() const { return static_cast<int>(blockIdx.x) / args.split; }
   __device__ int TileStride() const { return static_cast<int>(gridDim.x) / args.split; }
   __device__ int TileCount() const { return args.tiles_m * args.tiles_n; }
@@ -69,7 +73,6 @@ class WarpgroupCta {
   plan::RingMemory memory;
   uint64_t *full, *empty;
   int rank;
-  plan::Range blocks;
 };
 
 /// Warps that fill the ring; warp s asks for strip s, the last one for the activations. (One thread that asks for
@@ -86,13 +89,14 @@ __device__ __forceinline__ void Produce(const WarpgroupCta<kTokens, kStrips>& ct
   const bool brings_activations = warp == kProducers<kStrips> - 1;
   const uint64_t policy = ptx::EvictLastPolicy();
   if (brings_activations) ptx::WaitForPredecessors();
+  const plan::Range blocks = cta.Blocks();
   RingPosition at;
   for (int index = cta.FirstTile(); index < cta.TileCount(); index += cta.TileStride()) {
     const plan::Tile tile = cta.TileAt(index);
     const int strip = tile.n * Shape::kTileStrips + warp;
     const bool brings_weights = warp < Shape::kTileStrips && strip < w.layout.strips;
-    const uint8_t* from = w.blocks + w.layout.BlockOffset(strip, cta.blocks.begin);
-    for (int block = cta.blocks.begin; block < cta.blocks.end; ++block) {
+    const uint8_t* from = w.blocks + w.layout.BlockOffset(strip, blocks.begin);
+    for (int block = blocks.begin; block < blocks.end; ++block) {
       uint64_t* full = cta.full + at.stage;
       ptx::BarrierWait(cta.empty + at.stage, at.parity ^ 1);
       ptx::BarrierArriveExpect(full, (brings_activations ? Shape::kTileBytes : 0) + (brings_weights ? stride : 0));
@@ -166,7 +170,7 @@ class Consumer {
 #pragma unroll
       for (int i = 0; i < kSums; ++i) sums_[strip][i] = 0;
     }
-    for (int block = cta_.blocks.begin; block < cta_.blocks.end; ++block) {
+    for (int left = cta_.BlockCount(); left > 0; --left) {
       WaitFull();
       const uint64_t tile = TileDescriptor();
 #pragma unroll
@@ -225,7 +229,7 @@ class Consumer {
 #pragma unroll
       for (int i = 0; i < kSums; ++i) integer_[strip][i] = 0;
     }
-    for (int block = cta_.blocks.begin; block < cta_.blocks.end; ++block) {
+    for (int left = cta_.BlockCount(); left > 0; --left) {
       WaitFull();
       const uint64_t tile = TileDescriptor();
 #pragma unroll

@@ -89,7 +89,8 @@ def find_value_heads(model: ir.Model, linears: LinearSearch) -> list[ValueHeads]
 def _heads(group: ActivationGroup, site: ScaleSite, linears: LinearSearch) -> ValueHeads:
     layers = {layer.node: layer for layer in linears.layers}
     attentions = {attention.node for attention in linears.flow.attentions}
-    (trail,) = [t for t in find_trails(group.activation, layers.keys(), linears.flow) if t.source is site.producer][:1]
+    trails = find_trails(group.activation, layers.keys(), linears.flow)
+    trail = next(trail for trail in trails if trail.source is site.producer)
     source = layers[trail.source]
     _check_steps(trail)
     layouts = [start(source.n, trail.output)]

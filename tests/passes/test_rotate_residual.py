@@ -17,6 +17,7 @@ from graph_tools import model_from_text, run
 
 from fptq_onnx.graph.activation_groups import group_by_activation
 from fptq_onnx.graph.blocks import find_blocks
+from fptq_onnx.graph.feeds import describe_inputs
 from fptq_onnx.graph.linears import find_linears
 from fptq_onnx.graph.model_file import load_model, save_model
 from fptq_onnx.graph.norms import find_norms
@@ -200,6 +201,32 @@ def test_equalization_works_on_a_rotated_model(family: str, tmp_path: Path) -> N
     _assert_same(run(model, feeds, tmp_path)["logits"], before, 1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [families.DYNAMO, families.GENAI_FP32])
+def test_smollm2_keeps_its_logits_and_loses_its_outliers(
+    family: str, smollm2: Callable[[str], Path], tmp_path: Path
+) -> None:
+    tokens = np.random.default_rng(0).integers(0, 49152, (1, 64))
+
+    def measure(rotated: bool) -> tuple[np.ndarray, dict[str, float]]:
+        model = load_model(smollm2(family))
+        if rotated:
+            _rotate(model)
+        groups = [g for g in group_by_activation(find_linears(model).layers) if g.layers[0].block is not None]
+        outputs = run(model, describe_inputs(model).feeds(tokens), tmp_path, [g.activation for g in groups])
+        return outputs["logits"], {g.layers[0].label: float(np.abs(outputs[g.activation.name]).max()) for g in groups}
+
+    logits, before = measure(False)
+    rotated_logits, after = measure(True)
+    _assert_same(rotated_logits, logits, 1e-4)
+    reading = [label for label in before if label.endswith((".q", ".qkv", ".gate"))]
+    assert len(reading) == 60
+    assert max(before[label] for label in reading) > 20
+    assert max(after[label] for label in reading) < 8
+    down = [label for label in before if label.endswith(".down")]
+    np.testing.assert_allclose([after[label] for label in down], [before[label] for label in down], rtol=1e-3)
+
+
 # ---- refusals ------------------------------------------------------------------------------------------------------
 
 
@@ -328,6 +355,11 @@ def _embedding_scale(model: ir.Model) -> None:
     _insert(model, _stream(model, 0), "Mul", _constant(model, np.array(2.5, np.float32)))
 
 
+def _positions(model: ir.Model) -> None:
+    table = np.random.default_rng(2).normal(size=(1, 12, families.HIDDEN)).astype(np.float32)
+    _insert(model, _stream(model, 0), "Add", _constant(model, table))
+
+
 def _residual_multiplier(model: ir.Model) -> None:
     _insert(model, find_linears(model).by_label()["block.1.o"].output, "Mul", _constant(model, np.float32([0.3])))
 
@@ -342,7 +374,7 @@ def _normed_output(model: ir.Model) -> None:
 
 
 @pytest.mark.parametrize("family", [families.DYNAMO, families.GENAI_FP32])
-@pytest.mark.parametrize("change", [_embedding_scale, _residual_multiplier, _output_bias, _normed_output])
+@pytest.mark.parametrize("change", [_embedding_scale, _positions, _residual_multiplier, _output_bias, _normed_output])
 def test_linear_maps_on_the_stream_commute(family: str, change: Callable[[ir.Model], None], tmp_path: Path) -> None:
     tiny = families.model("llama", family)
     model = load_model(tiny.path)

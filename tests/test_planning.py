@@ -90,6 +90,9 @@ def test_edited_plan_decides(linears: LinearSearch, groups: list[ActivationGroup
         "lm_head": {"scheme": Scheme.PER_TOKEN, "weight_method": "signed8"},
         "block.1.o": {"equalization": "smoothquant"},
         "block.0.o": {"scheme": Scheme.FLOAT, "weight_method": "float"},
+        "block.2.q": {"scheme": Scheme.FLOAT, "weight_method": "float"},
+        "block.2.k": {"scheme": Scheme.PER_TOKEN},
+        "block.2.v": {"scheme": Scheme.PER_TOKEN},
     }
     edited = dataclasses.replace(
         plan, layers=tuple(dataclasses.replace(e, **edits.get(e.label, {})) for e in plan.layers)
@@ -101,6 +104,7 @@ def test_edited_plan_decides(linears: LinearSearch, groups: list[ActivationGroup
     assert decisions["lm_head"].scheme is Scheme.PER_TOKEN
     assert decisions["block.1.o"].equalization == "smoothquant"
     assert decisions["block.1.q"].equalization == "lae"
+    assert decisions["block.2.q"].scheme is Scheme.PER_TOKEN  # of the activation, for k and v
     assert "block.0.o" not in decisions
 
 

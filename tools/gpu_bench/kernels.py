@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from gpu_bench.kernel_library import KernelLibrary, PackedWeight
-from gpu_bench.peers import PEERS, Call, Copy, Peer, PeerUnavailableError, cold_copies
+from gpu_bench.peers import PEERS, Call, Copy, Peer, PeerUnavailableError, cold_copies, copy
 from gpu_bench.problem import (
     QUICK_SHAPES,
     QUICK_TOKENS,
@@ -172,8 +172,8 @@ def _ceilings(library: KernelLibrary, generator: torch.Generator) -> dict[str, f
     other = torch.empty_like(big)
     multiprocessors = torch.cuda.get_device_properties(big.device).multi_processor_count
     timers = {
-        "read TB/s": CapturedCalls([lambda: library.read(big, sink)] * 2),
-        "copy TB/s": CapturedCalls([lambda: other.copy_(big)] * 2),
+        "read TB/s": CapturedCalls([lambda: library.read(big, sink), lambda: library.read(other, sink)]),
+        "copy TB/s": CapturedCalls([lambda: copy(big, other)] * 2),
         "wgmma TOPS": CapturedCalls([lambda: library.wgmma(WGMMA_ITERATIONS, sink)] * 2),
     }
     work = {

@@ -103,6 +103,14 @@ class ModelBuilder:
         self.initializers.append(tensor)
         return name
 
+    def alias(self, name: str, original: str) -> str:
+        """A further initializer that reads the same bytes of the external file; returns its name."""
+        tensor = onnx.TensorProto()
+        tensor.CopyFrom(next(known for known in self.initializers if known.name == original))
+        tensor.name = name
+        self.initializers.append(tensor)
+        return name
+
     def constant(self, name: str, value: np.ndarray) -> str:
         """Add a small initializer once; returns the name."""
         if name not in self._names:

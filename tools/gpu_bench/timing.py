@@ -55,6 +55,7 @@ class CapturedCalls:
         import torch
 
         self._count = len(calls)
+        self._calls = list(calls)  # they own the buffers that the graph's kernels read and write
         self._graph = torch.cuda.CUDAGraph()
         self._begin, self._end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         stream = torch.cuda.Stream()

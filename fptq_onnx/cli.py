@@ -42,7 +42,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-out = Console(soft_wrap=True)
+# Tables in a log or a pipe are not broken at 80 columns.
+out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 140)
 err = Console(stderr=True, soft_wrap=True)
 
 
@@ -144,7 +145,9 @@ def convert(
         ),
     ] = None,
     tokenizer: TokenizerPath = None,
-    recipe: Annotated[str, typer.Option("--recipe", help="Name of a recipe or path of a YAML file.")] = "paper",
+    recipe: Annotated[
+        str, typer.Option("--recipe", help="balanced, accurate, paper, or the path of a YAML file.")
+    ] = "balanced",
     assignments: Annotated[
         list[str],
         typer.Option("--set", metavar="FIELD=VALUE", help="Override a field of the recipe; repeatable."),

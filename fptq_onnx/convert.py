@@ -34,7 +34,7 @@ from fptq_onnx.quantization.plan import LayerPlan, Plan
 from fptq_onnx.quantizing import equalize, equalized_statistics, input_moments, layer_quantization, rotate
 from fptq_onnx.recipe import Recipe
 from fptq_onnx.report import LayerReport, Report, SkippedReport, Stopwatch, peak_memory_bytes, versions
-from fptq_onnx.runtime import PROVIDERS, Provider
+from fptq_onnx.runtime import PROVIDERS, Provider, check_provider
 from fptq_onnx.verification import compare_layers, compare_models
 
 __all__ = ["Format", "convert", "default_output"]
@@ -62,7 +62,7 @@ def convert(
     *,
     calibration: Any = None,
     tokenizer: str | os.PathLike[str] | None = None,
-    recipe: Recipe | str | os.PathLike[str] = "paper",
+    recipe: Recipe | str | os.PathLike[str] = "balanced",
     output_format: Format = "custom",
     exclude: Sequence[str] = (),
     plan: Plan | str | os.PathLike[str] | None = None,
@@ -112,6 +112,7 @@ def convert(
     edited = plan if isinstance(plan, Plan) or plan is None else Plan.load(os.fspath(plan))
     limit = max_kl if max_kl is not None else settings.verification.max_kl
     _check_request(source, target, output_format, limit, verify_tokens)
+    check_provider(provider, register_library=output_format == "custom" and verify_tokens > 0)
     watch, progress = Stopwatch(), progress or SilentProgress()
     data = Calibration(
         calibration,
@@ -154,7 +155,7 @@ def convert(
     with watch.stage("observe moments"):
         moments = input_moments(graph.model, decisions, entries, statistics, applied, settings, data)
     with watch.stage("quantize"):
-        methods: dict[str, str] = {}
+        methods: dict[str, tuple[str, str]] = {}
         quantization = layer_quantization(decisions, entries, statistics, moments, settings, methods)
         _rewrite(graph.model, quantization, output_format, progress)
         graph.model.metadata_props[RECIPE_KEY] = json.dumps(settings.resolved())
@@ -291,7 +292,7 @@ def _complete_layers(
     report: Report,
     model: ir.Model,
     applied: Mapping[str, AppliedScale],
-    methods: Mapping[str, str],
+    methods: Mapping[str, tuple[str, str]],
     decisions: Sequence[GroupDecision],
 ) -> None:
     """Fill in what is known only after the rewrite: where the scales went and the new sizes."""
@@ -302,7 +303,9 @@ def _complete_layers(
         if scale is not None:
             layer.equalization = f"{scale.kind}: {scale.reason}"
         if layer.name in methods:
-            layer.weight_method += f", {methods[layer.name]}"
+            method, why = methods[layer.name]
+            layer.weight_method += f", {method}"
+            layer.reason += f"; {why}"
         if layer.weight_method != "float":
             layer.bytes_after = _constant_bytes(nodes[layer.name])
 

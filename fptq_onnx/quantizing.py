@@ -139,7 +139,11 @@ def input_moments(
 
 
 def _weight(
-    layer: LinearLayer, entry: LayerPlan, moments: SplitMoments | None, settings: Recipe, methods: dict[str, str]
+    layer: LinearLayer,
+    entry: LayerPlan,
+    moments: SplitMoments | None,
+    settings: Recipe,
+    methods: dict[str, tuple[str, str]],
 ) -> QuantizedWeight:
     assert entry.weight_method != "float"
     weight, block_size, dtype = layer.weight_array(), min(entry.group_size, layer.k), _float_dtype(layer)
@@ -157,7 +161,7 @@ def _weight(
             order=choice.order,
             max_multiple=choice.scale_max_multiple,
         )
-        methods[layer.name] = f"{refined.method}; {refined.reason}"
+        methods[layer.name] = refined.method, refined.reason
         return refined.weight
     return quantize_weight(
         weight,
@@ -175,7 +179,7 @@ def layer_quantization(
     statistics: Mapping[str, ActivationStatistics],
     moments: Mapping[str, SplitMoments],
     settings: Recipe,
-    methods: dict[str, str],
+    methods: dict[str, tuple[str, str]],
 ) -> dict[str, LayerQuantization]:
     """What the rewriting pass needs, by node name; weights are quantized when the pass reaches them.
 
@@ -185,7 +189,7 @@ def layer_quantization(
         statistics: Of the equalized activations.
         moments: From `input_moments`.
         settings: The recipe.
-        methods: Filled with how each weight was refined, by node name, once it is.
+        methods: Filled, once a weight is refined, with its method and the comparison behind it, by node name.
     """
     quantization = {}
     for decided in decisions:

@@ -193,7 +193,7 @@ def show(report: Report, console: Console) -> None:
     groups: dict[tuple[str, str], list[LayerReport]] = {}
     for layer in report.layers:
         groups.setdefault((layer.role, layer.scheme), []).append(layer)
-    for (role, scheme), layers in groups.items():
+    for (role, scheme), layers in sorted(groups.items()):
         ranges = [layer.range for layer in layers if layer.range is not None]
         noise = [layer.snr_db for layer in layers if layer.snr_db is not None]
         table.add_row(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["PROVIDERS", "Provider", "session"]
+__all__ = ["PROVIDERS", "Provider", "check_provider", "session"]
 
 import logging
 import os
@@ -80,6 +80,19 @@ def session(
             raise ModelError(str(path), "there is no such file", "Check the path")
         opened = _open(ort, path, str(path), options, provider)
     return opened
+
+
+def check_provider(provider: Provider, *, register_library: bool) -> None:
+    """Find out before long work whether sessions can be opened.
+
+    Raises:
+        RuntimeUnavailableError: onnxruntime, the provider or (if it is to be registered) the op library is missing.
+    """
+    ort = _import_onnxruntime()
+    if register_library:
+        get_library_path()
+    if provider == "cuda":
+        _require_cuda(ort, register_library)
 
 
 def _import_onnxruntime() -> ModuleType:

@@ -20,7 +20,7 @@ from fptq_onnx.cli import app
 from fptq_onnx.graph.model_file import load_model
 from fptq_onnx.quantization.plan import Plan
 
-SMALL = ("--set", f"calibration.windows={WINDOWS}", "--set", f"calibration.length={LENGTH}")
+SMALL = ("--recipe", "paper", "--set", f"calibration.windows={WINDOWS}", "--set", f"calibration.length={LENGTH}")
 GROUP_32 = (*SMALL, "--set", "weights.group_size=32")
 COMMANDS = ("convert", "evaluate", "export")
 

@@ -63,8 +63,11 @@ def _models(record: Record) -> str:
         + [f"{row['tokens_per_s'][name]['median']:.0f}" if name in row["tokens_per_s"] else "-" for name in labels]
         for row in record["rows"]
     ]
-    memory = ["GPU memory, MB", *(f"{record['models'][name]['device_mb']:.0f}" for name in labels)]
-    return f"Tokens per second through onnxruntime.\n\n{markdown_table(['', *labels], [*cells, memory])}"
+    if "memory" in record["protocol"]:
+        cells.append(["GPU memory, MB", *(f"{record['models'][name]['device_mb']:.0f}" for name in labels)])
+    network = record["protocol"].get("network")
+    what = f"Tokens per second through onnxruntime{f', {network}' if network else ''}."
+    return f"{what}\n\n{markdown_table(['', *labels], cells)}"
 
 
 TABLES: dict[str, Callable[[Record], str]] = {
@@ -79,6 +82,9 @@ TABLES: dict[str, Callable[[Record], str]] = {
 def draw(name: str, records: Sequence[Record]) -> str:
     """The table of one name from the newest record of that kind, with a line on where the figures come from.
 
+    Benchmarks of kernels may have been run shape by shape: rows of older records of the same commit come along, unless
+    the newest record measured the same shapes.
+
     Raises:
         KeyError: There is no such table or no such record; the message says which.
     """
@@ -88,6 +94,11 @@ def draw(name: str, records: Sequence[Record]) -> str:
     if not of_kind:
         raise KeyError(f"no record of kind '{name}' in {RECORDS_DIRECTORY.name}/")
     record = of_kind[-1]
+    rows: list[Record] = []
+    for other in reversed([other for other in of_kind if other["commit"] == record["commit"]]):
+        measured = {row.get("shape") for row in rows}
+        rows = [*(row for row in other["rows"] if not rows or row.get("shape") not in measured), *rows]
+    record = {**record, "rows": rows}
     gpu, versions = record["gpu"], record["versions"]
     runtime = versions.get("onnxruntime", "-")
     source = (

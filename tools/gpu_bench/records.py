@@ -116,4 +116,5 @@ def load_records(directory: Path = RECORDS_DIRECTORY) -> list[dict[str, Any]]:
         if not isinstance(record, dict) or not {"kind", "created"} <= record.keys():
             raise ValueError(f"{path}: not a benchmark record: it has no 'kind' or no 'created'")
         records.append({**record, "file": path.name})
-    return sorted(records, key=lambda record: str(record["created"]))
+    # Of one second, "-2" is the later one.
+    return sorted(records, key=lambda record: (str(record["created"]), len(record["file"]), record["file"]))

@@ -3,9 +3,10 @@
     python tools/demo.py            # `make demo`; everything lands in ./demo
     python tools/demo.py --fresh    # export again instead of reusing the last export
 
-SmolLM2-135M-Instruct is exported with its key/value cache and converted with the recipe of the FPTQ paper, and once
-more with the signed int4 grid. onnxruntime's own quantizers get the same float model and the same calibration text. All
-are judged on text of the Brown corpus that none of them has seen. The table is also written to demo/results.json.
+SmolLM2-135M-Instruct is exported with its key/value cache and converted with the recipe of the FPTQ paper (on the int4
+grid -8..7), and once more with the default recipe. onnxruntime's own quantizers get the same float model and the same
+calibration text. All are judged on text of the Brown corpus that none of them has seen. The table is also written to
+demo/results.json.
 """
 
 from __future__ import annotations
@@ -84,21 +85,22 @@ def run(output: Path, fresh: bool, console: Console) -> None:
         source = _export(checkpoint, output / "smollm2", fresh, progress, console)
 
     models = {"float32": source}
-    for label, name, changes in (
-        ("FPTQ W4A8, paper", "smollm2-fptq", {}),
-        ("FPTQ W4A8, paper, int4 grid -8..7", "smollm2-fptq-signed", {"weights.grid": "signed8"}),
+    for label, name, folder, changes in (
+        ("FPTQ W4A8, paper, int4 grid -8..7", "paper", "smollm2-paper", {"weights.grid": "signed8"}),
+        ("fptq-onnx W4A8, balanced", "balanced", "smollm2-balanced", {}),
     ):
-        models[label] = output / name / "model.onnx"
+        models[label] = output / folder / "model.onnx"
         models[label].parent.mkdir(parents=True, exist_ok=True)
         console.print(f"[bold]{label}[/bold]")
         with watch.stage(f"convert: {label}"):
-            recipe = Recipe.load("paper", changes)
+            recipe = Recipe.load(name, changes)
             report = convert(source, models[label], calibration=text.calibration, recipe=recipe, progress=progress)
         show(report, console)
 
     tokenizer = load_tokenizer(source.with_name("tokenizer.json"))
     models["onnxruntime MatMulNBits int4, block 128, accuracy level 4"] = output / "smollm2-matmulnbits" / "model.onnx"
-    models["onnxruntime static int8 (QDQ of MatMul and Gemm, uint8 activations)"] = output / "smollm2-static-int8" / "model.onnx"
+    static_label = "onnxruntime static int8 (QDQ of MatMul and Gemm, uint8 activations)"
+    models[static_label] = output / "smollm2-static-int8" / "model.onnx"
     _, _, _, nbits, static = models.values()
     with watch.stage("onnxruntime's quantizers"):
         with progress.stage("Quantizing with onnxruntime, MatMulNBits"):

@@ -4,7 +4,7 @@
     python tools/make_decoder.py llama-3-8b out/ --formats fp16 nbits128 nbits32 w4a8
 
 The graphs are those that onnxruntime-genai exports (GroupQueryAttention, fused norms, one KV cache pair per layer), so
-that speed can be measured on sizes for which no checkpoint is at hand. Weights are rounded to int4 for real. Needs torch.
+that speed can be measured on sizes for which no checkpoint is at hand. Weights really are rounded to int4. Needs torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ for folder in (Path(__file__).resolve().parent, Path(__file__).resolve().parent.
     sys.path.insert(0, str(folder))
 
 import torch
-
 from gpu_bench.onnx_models import Format
 from gpu_bench.random_decoder import CONFIGS, write_decoder
 

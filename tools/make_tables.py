@@ -70,6 +70,39 @@ def _models(record: Record) -> str:
     return f"{what}\n\n{markdown_table(['', *labels], cells)}"
 
 
+CPU_PEERS = ("MatMul f32", "MatMulNBits b128", "DynamicQuantizeMatMul")
+
+
+def _cpu(record: Record) -> str:
+    """Time of each peer over ours, for both kinds of scales: above 1 means that ours is faster."""
+    cells = []
+    for row in record["rows"]:
+        times = {name: figures["median_ms"] for name, figures in row["times"].items()}
+        ratios = [
+            " / ".join(f"{times[peer] / times[ours]:.2f}" for ours in ("fptq", "fptq structured")) for peer in CPU_PEERS
+        ]
+        cells.append([f"{row['k']}x{row['n']}", str(row["rows"]), f"{times['fptq']:.3f}", *ratios])
+    heads = ["layer", "M", "W4A8, ms", *(f"x faster than {peer}" for peer in CPU_PEERS)]
+    threads = record["rows"][0]["threads"]
+    what = f"One product, activation quantization included, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{what}; ratios for float scales / integer-structured scales.\n\n{markdown_table(heads, cells)}"
+
+
+def _draw_cpu(records: Sequence[Record]) -> str:
+    """One table for each processor that a record of the kind `cpu-kernels` exists for, from the newest."""
+    newest = {record["machine"]["cpu"]: record for record in records if record["kind"] == "cpu-kernels"}
+    if not newest:
+        raise KeyError(f"no record of kind 'cpu-kernels' in {RECORDS_DIRECTORY.name}/")
+    parts = []
+    for cpu, record in newest.items():
+        vectors = ", ".join(record["machine"]["vector_sets"])
+        parts.append(
+            f"{_cpu(record)}\n\n{cpu} ({vectors}), onnxruntime {record['machine']['versions']['onnxruntime']}, "
+            f"{record['created'][:10]} ([record](tools/records/{record['file']}))\n"
+        )
+    return "\n".join(parts)
+
+
 TABLES: dict[str, Callable[[Record], str]] = {
     "gpu-operators": _operators,
     "gpu-operators-quick": _operators,
@@ -88,6 +121,8 @@ def draw(name: str, records: Sequence[Record]) -> str:
     Raises:
         KeyError: There is no such table or no such record; the message says which.
     """
+    if name == "cpu-kernels":
+        return _draw_cpu(records)
     if name not in TABLES:
         raise KeyError(f"no table is called '{name}'; there are: {', '.join(TABLES)}")
     of_kind = [record for record in records if record["kind"] == name]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
 import os
 import sys
 from importlib.metadata import version
@@ -66,7 +67,7 @@ class Row:
 def main() -> int:
     """Run the demo; 0 when every step worked, 1 with a message otherwise."""
     arguments = _arguments()
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 140)
     try:
         run(arguments.output, arguments.fresh, console)
     except FptqError as error:
@@ -77,6 +78,8 @@ def main() -> int:
 
 def run(output: Path, fresh: bool, console: Console) -> None:
     """Do all steps, print the table and write it to `output`/results.json."""
+    for name in ("fptq_onnx", "onnx_ir"):  # torch's exporter turns their information messages on
+        logging.getLogger(name).setLevel(logging.WARNING)
     progress, watch = TerminalProgress(), Stopwatch()
     with watch.stage("fetch"):
         checkpoint = assets.smollm2(progress)

@@ -312,3 +312,9 @@ def test_bench_without_a_gpu_says_so(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bench_gpu.main() == 2
     assert "no NVIDIA GPU" in capsys.readouterr().err
+
+
+def test_readme_tables_are_those_of_the_records():
+    text = (records.RECORDS_DIRECTORY.parent.parent / "README.md").read_text(encoding="utf-8")
+    assert "<!-- table: " in text
+    assert make_tables.redraw(text, records.load_records()) == text

@@ -5,17 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
 from fptq_onnx.graph.activation_groups import ActivationGroup, group_by_activation
-from fptq_onnx.graph.constants import evaluate_path
-from fptq_onnx.graph.linears import LinearLayer, find_linears
+from fptq_onnx.graph.linears import find_linears
 from fptq_onnx.graph.producers import ScaleTarget, find_scale_site
-from fptq_onnx.passes.editing import add_constant, add_lazy_constant
+from fptq_onnx.passes.editing import add_constant
+from fptq_onnx.passes.weights import replace_constant, replace_weight
 from fptq_onnx.quantization.equalize import tie
 
 __all__ = ["AppliedScale", "ApplyEqualizationPass"]
@@ -77,50 +77,23 @@ class ApplyEqualizationPass(ir.passes.InPlacePass):
             for target in site.targets:
                 _divide(model.graph, target, scale)
             for layer in group.layers:
-                _multiply_rows(model.graph, layer, scale)
+                replace_weight(model.graph, layer, "equalized", partial(_multiply_rows, scale=scale))
             kind = "mul" if site.kind == "none" else site.kind
             self.applied[name] = AppliedScale(scale, kind, site.reason, activation, site.scales_cache)
             logger.info("equalized %s: %s, %s", name, kind, site.reason)
         return ir.passes.PassResult(model, bool(self._scales))
 
 
+def _multiply_rows(weight: Float32, scale: Float32) -> Float32:
+    return weight * scale[:, None]
+
+
 def _divide(graph: ir.Graph, target: ScaleTarget, scale: Float32) -> None:
-    value = target.initializer
-    tensor = value.const_value
-    assert tensor is not None
+    rank = len(target.initializer.shape or ())
     per_entry = np.where(target.channels < 0, np.float32(1), scale[target.channels])
-    divisor = per_entry.reshape([-1 if axis == target.axis else 1 for axis in range(len(tensor.shape))])
-
-    def divided() -> npt.NDArray[Any]:
-        return tensor.numpy().astype(np.float32) / divisor
-
-    scaled = add_lazy_constant(graph, f"{value.name}.equalized", tensor.dtype, tensor.shape.numpy(), divided)
+    divisor = per_entry.reshape([-1 if axis == target.axis else 1 for axis in range(rank)])
     for use in target.uses:
-        use.node.replace_input_with(use.idx, scaled)
-    _drop_if_unused(graph, value)
-
-
-def _multiply_rows(graph: ir.Graph, layer: LinearLayer, scale: Float32) -> None:
-    """Give the layer a weight of its own, [K, N] as MatMul wants it, with row k multiplied by scale[k]."""
-    tensor, node, operand = layer.weight.const_value, layer.node, layer.node.inputs[1]
-    assert tensor is not None and operand is not None
-    transposed = node.attributes.get_int("transB", 0)
-    factor = (scale * np.float32(node.attributes.get_float("alpha", 1.0)))[:, None]
-
-    def scaled() -> npt.NDArray[Any]:
-        array = evaluate_path(tensor.numpy(), layer.weight_path).astype(np.float32)
-        return (array.T if transposed else array) * factor
-
-    dtype = operand.dtype or layer.activation.dtype or tensor.dtype
-    weight = add_lazy_constant(graph, f"{layer.weight.name}.equalized", dtype, (layer.k, layer.n), scaled)
-    node.replace_input_with(1, weight)
-    if node.op_type == "Gemm":
-        node.attributes["transB"] = ir.AttrInt64("transB", 0)
-        node.attributes["alpha"] = ir.AttrFloat32("alpha", 1.0)
-    for step in reversed(layer.weight_path):
-        if not step.outputs[0].uses() and not step.outputs[0].is_graph_output():
-            graph.remove(step, safe=True)
-    _drop_if_unused(graph, layer.weight)
+        replace_constant(graph, use.node, use.idx, "equalized", lambda array: array / divisor)
 
 
 def _insert_mul(group: ActivationGroup, scale: Float32) -> str:
@@ -139,8 +112,3 @@ def _insert_mul(group: ActivationGroup, scale: Float32) -> str:
     for layer in group.layers:
         layer.node.replace_input_with(0, output)
     return name
-
-
-def _drop_if_unused(graph: ir.Graph, value: ir.Value) -> None:
-    if value.name is not None and value.name in graph.initializers and not value.uses() and not value.is_graph_output():
-        del graph.initializers[value.name]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import op_models
 import pytest
+from other_runtimes import python_with
 
 _ON_ANOTHER_RUNTIME = """
 import sys
@@ -31,23 +31,11 @@ np.savez(sys.argv[1] + "/outputs.npz", **outputs)
 """
 
 
-def _python_with(version: str) -> Path:
-    """An interpreter with that onnxruntime, in a virtual environment kept between runs."""
-    folder = Path(__file__).parents[2] / ".cache" / f"onnxruntime-{version}"
-    python = folder / "bin" / "python"
-    if not (folder / "complete").is_file():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        install = [python, "-m", "pip", "install", "--quiet", f"onnxruntime=={version}"]
-        subprocess.run(install, check=True, stderr=subprocess.DEVNULL)
-        (folder / "complete").touch()
-    return python
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("version", ["1.23.2", "1.27.0", "1.32.0"])
 def test_other_runtimes_agree(version: str, tmp_path: Path) -> None:
     """One library: the kernel gives the same bytes everywhere, the function body agrees to 1e-4 at every level."""
-    python = _python_with(version)
+    python = python_with(version)
     problem = op_models.random_problem(np.random.default_rng(2), [2, 5], 300, 33, 128, "float32")
     model = op_models.matmul_model(problem["b"], problem["b_scale"], 128, zero_point=9)
     feeds = {"A": problem["a"], "a_scale": problem["a_scale"]}

@@ -80,7 +80,7 @@ def convert(
         model: The float model.
         output: Where to write the quantized model; `model.fptq.onnx` beside the input by default.
         calibration: A text file (needs a tokenizer), an .npz file of feeds, an onnxruntime CalibrationDataReader, an
-            iterable of feeds, or None for random tokens (data-free, FPTQ section 4).
+            iterable of feeds, or None for random tokens (data-free, FPTQ).
         tokenizer: tokenizer.json for a text; the one beside the model by default.
         recipe: A Recipe, the name of one that comes with the package, or the path of a YAML file.
         output_format: "custom" (this package's op with function bodies), "matmulnbits" (onnxruntime's int4 op with

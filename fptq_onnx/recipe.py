@@ -38,16 +38,15 @@ class ActivationRecipe(_Section):
     """How activations become int8."""
 
     scheme: Literal["policy", "static", "equalized-static", "per-token", "float"] = "policy"
-    """"policy" chooses per activation by its range (FPTQ, section 3.2). The others apply one scheme to every
+    """"policy" chooses per activation by its range (FPTQ). The others apply one scheme to every
     activation, for comparison: "static" is plain per-tensor int8, "equalized-static" equalizes everything,
     "float" leaves activations alone."""
 
     v0: float = Field(default=15.0, ge=0)
-    """Range up to which an activation is quantized per tensor as it is (FPTQ, section 3.2)."""
+    """Range up to which an activation is quantized per tensor as it is (FPTQ)."""
 
     v1: float = Field(default=150.0, ge=0)
-    """Range from which on an activation is quantized per token; between v0 and v1 it is equalized first (FPTQ,
-    section 3.2)."""
+    """Range from which on an activation is quantized per token; between v0 and v1 it is equalized first (FPTQ)."""
 
     range: Literal["absmax", "span"] = "absmax"
     """What v0 and v1 are compared with: max |X|, or max X - min X. FPTQ's text says "range" and its figures show max
@@ -78,11 +77,11 @@ class EqualizationRecipe(_Section):
     """How the middle bucket of the policy is evened out before static quantization."""
 
     method: EqualizationMethod = "lae"
-    """"lae": s = m / log2(2 + m) with m the channel's max |X| (FPTQ, equation 5). "smoothquant": s = m^alpha /
+    """"lae": s = m / log2(2 + m) with m the channel's max |X| (FPTQ). "smoothquant": s = m^alpha /
     max|W|^(1 - alpha) (arXiv 2211.10438). "none": the middle bucket is quantized per token instead."""
 
     alpha: float = Field(default=0.5, ge=0, le=1)
-    """SmoothQuant's migration strength (arXiv 2211.10438, section 4)."""
+    """SmoothQuant's migration strength (arXiv 2211.10438)."""
 
     floor: float = Field(default=1e-2, ge=0, le=1)
     """Smallest scale as a fraction of the median scale, so that channels silent in calibration are not amplified

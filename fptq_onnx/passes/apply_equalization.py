@@ -45,7 +45,7 @@ class AppliedScale:
 
 
 class ApplyEqualizationPass(ir.passes.InPlacePass):
-    """X' = X / s and W' = diag(s) W, so that X' W' = X W (FPTQ, section 3.3).
+    """X' = X / s and W' = diag(s) W, so that X' W' = X W (FPTQ).
 
     Rewrites:
         norm(x) * gamma            -> norm(x) * (gamma / s), LayerNorm's bias likewise

@@ -14,7 +14,7 @@ Float32 = npt.NDArray[np.float32]
 
 
 def lae_scale(channel_absmax: FloatArray, floor: float = 1e-2) -> Float32:
-    """Logarithmic activation equalization: s_j = m_j / log2(2 + m_j) with m_j = max |X_j| (FPTQ, equation 5).
+    """Logarithmic activation equalization: s_j = m_j / log2(2 + m_j) with m_j = max |X_j| (FPTQ).
 
     X / s has the range log2(2 + m), so a channel of range 150 shrinks to 7.2.
 
@@ -33,7 +33,7 @@ def lae_scale(channel_absmax: FloatArray, floor: float = 1e-2) -> Float32:
 def smoothquant_scale(
     channel_absmax: FloatArray, weight_absmax: FloatArray, alpha: float, floor: float = 1e-2
 ) -> Float32:
-    """SmoothQuant: s_j = max |X_j|^alpha / max |W_j|^(1 - alpha) (arXiv 2211.10438, equation 4).
+    """SmoothQuant: s_j = max |X_j|^alpha / max |W_j|^(1 - alpha) (arXiv 2211.10438).
 
     Args:
         channel_absmax: [K], >= 0.

@@ -38,8 +38,8 @@ class PolicySettings:
     """What the policy needs to know of a recipe.
 
     Attributes:
-        v0: Ranges up to v0 are static as they are (FPTQ, section 3.2: 15).
-        v1: Ranges from v1 on are quantized per token (FPTQ, section 3.2: 150).
+        v0: Ranges up to v0 are static as they are (FPTQ: 15).
+        v1: Ranges from v1 on are quantized per token (FPTQ: 150).
         range_kind: The range v: "absmax" is max |X|, "span" is max X - min X.
         scheme: A scheme for every activation, or None for the policy.
         equalization: The scale of the middle bucket.

@@ -1,0 +1,111 @@
+"""`fptq-onnx convert`."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import fptq_onnx
+from fptq_onnx.cli.common import AsJson, OnProvider, Provider, TokenizerPath, app, err, out, overrides, reporting_errors
+from fptq_onnx.errors import VerificationError
+from fptq_onnx.progress import TerminalProgress
+from fptq_onnx.recipe import Recipe
+from fptq_onnx.report import Report, show
+
+__all__ = ["convert"]
+
+
+class OutputFormat(StrEnum):
+    """How quantized layers are written into the graph."""
+
+    CUSTOM = "custom"
+    MATMULNBITS = "matmulnbits"
+    QDQ = "qdq"
+
+
+@app.command()
+@reporting_errors
+def convert(
+    model: Annotated[Path, typer.Argument(help="Float ONNX model.", show_default=False)],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Quantized model. \\[default: MODEL.fptq.onnx]", show_default=False),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            "--calibration",
+            help="Text (.txt) or feeds (.npz). Without it random tokens are used and the report says so.",
+            show_default=False,
+        ),
+    ] = None,
+    tokenizer: TokenizerPath = None,
+    recipe: Annotated[
+        str, typer.Option("--recipe", help="balanced, accurate, paper, or the path of a YAML file.")
+    ] = "balanced",
+    assignments: Annotated[
+        list[str],
+        typer.Option("--set", metavar="FIELD=VALUE", help="Override a field of the recipe; repeatable."),
+    ] = [],  # noqa: B006 typer needs a list
+    output_format: Annotated[
+        OutputFormat,
+        typer.Option(
+            "--format",
+            help="custom: integer op of this package. matmulnbits: onnxruntime's int4 op, float activations. "
+            "qdq: simulation in standard operators.",
+        ),
+    ] = OutputFormat.CUSTOM,
+    exclude: Annotated[
+        list[str],
+        typer.Option("--exclude", metavar="REGEX", help="Keep matching layers (label or node name) float; repeatable."),
+    ] = [],  # noqa: B006 typer needs a list
+    plan: Annotated[
+        Path | None, typer.Option("--plan", help="Edited plan from --dry-run to carry out.", show_default=False)
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Calibrate, write OUTPUT's .plan.json and stop.")] = False,
+    verify_tokens: Annotated[
+        int, typer.Option("--verify-tokens", min=0, help="Tokens to compare with the float model; 0 skips it.")
+    ] = 2048,
+    max_kl: Annotated[
+        float | None,
+        typer.Option("--max-kl", help="Exit 3 if the mean KL from the float model is larger.", show_default=False),
+    ] = None,
+    provider: OnProvider = Provider.CPU,
+    as_json: AsJson = False,
+) -> None:
+    """Calibrate, plan, quantize, verify and save a W4A8 model."""
+    settings = Recipe.load(recipe, overrides(assignments))
+    if calibration is None:
+        err.print("no --calibration: calibrating data-free on random tokens", style="yellow")
+    try:
+        report = fptq_onnx.convert(
+            model,
+            output,
+            calibration=calibration,
+            tokenizer=tokenizer,
+            recipe=settings,
+            output_format=output_format.value,
+            exclude=exclude,
+            plan=plan,
+            dry_run=dry_run,
+            verify_tokens=verify_tokens,
+            max_kl=max_kl,
+            provider=provider.value,
+            progress=TerminalProgress(),
+        )
+    except VerificationError as error:
+        if isinstance(error.report, Report):
+            _print_report(error.report, as_json)
+        raise
+    _print_report(report, as_json)
+
+
+def _print_report(report: Report, as_json: bool) -> None:
+    if as_json:
+        sys.stdout.write(report.to_json())
+    else:
+        show(report, out)

@@ -5,7 +5,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-import fptq_onnx.recipe
+import fptq_onnx
 from fptq_onnx.errors import RecipeError
 from fptq_onnx.quantization.policy import PolicySettings, Scheme
 from fptq_onnx.recipe import Recipe
@@ -21,7 +21,7 @@ def test_paper_is_the_publication():
 
 
 def test_paper_spells_out_every_field():
-    text = (Path(fptq_onnx.recipe.__file__).parent / "recipes" / "paper.yaml").read_text()
+    text = (Path(fptq_onnx.__file__).parent / "recipes" / "paper.yaml").read_text()
 
     def keys(value):
         return {key: keys(v) for key, v in value.items()} if isinstance(value, dict) else None

@@ -1,40 +1,36 @@
-"""Recipes: every choice of a conversion, with its source, as a strict schema that YAML files fill in."""
+"""The sections of a recipe: every choice of a conversion with its default, its meaning and its source."""
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from fptq_onnx.errors import RecipeError
 from fptq_onnx.quantization.gptq import Order
 from fptq_onnx.quantization.int4 import MAX_MULTIPLE, Grid
-from fptq_onnx.quantization.policy import EqualizationMethod, PolicySettings, Scheme
+from fptq_onnx.quantization.policy import EqualizationMethod
 from fptq_onnx.quantization.static_range import RangeMethod
 
 __all__ = [
     "ActivationRecipe",
     "CalibrationRecipe",
     "EqualizationRecipe",
-    "Recipe",
+    "LayersRecipe",
     "RotationRecipe",
+    "Section",
     "VerificationRecipe",
     "WeightRecipe",
 ]
 
-_RECIPES = Path(__file__).parent / "recipes"
 
+class Section(BaseModel):
+    """Immutable, unknown fields are errors, and docstrings of fields are their descriptions."""
 
-class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
-class ActivationRecipe(_Section):
+class ActivationRecipe(Section):
     """How activations become int8."""
 
     scheme: Literal["policy", "static", "equalized-static", "per-token", "float"] = "policy"
@@ -73,7 +69,7 @@ class ActivationRecipe(_Section):
         return self
 
 
-class EqualizationRecipe(_Section):
+class EqualizationRecipe(Section):
     """How the middle bucket of the policy is evened out before static quantization."""
 
     method: EqualizationMethod = "lae"
@@ -88,7 +84,7 @@ class EqualizationRecipe(_Section):
     without bound."""
 
 
-class RotationRecipe(_Section):
+class RotationRecipe(Section):
     """Orthogonal changes of coordinates that spread outlier channels, folded into the weights before calibration.
 
     A model whose architecture does not allow one is converted without it; the report says why.
@@ -103,7 +99,7 @@ class RotationRecipe(_Section):
     holds, not what the model computes."""
 
 
-class WeightRecipe(_Section):
+class WeightRecipe(Section):
     """How weights become int4."""
 
     format: Literal["int4", "float"] = "int4"
@@ -152,7 +148,7 @@ class WeightRecipe(_Section):
         return MAX_MULTIPLE if self.scales == "integer" else 0
 
 
-class LayersRecipe(_Section):
+class LayersRecipe(Section):
     """Which linear layers are quantized."""
 
     include: tuple[str, ...] = (".*",)
@@ -189,7 +185,7 @@ class LayersRecipe(_Section):
         return None if excluded is None else f"excluded by {excluded!r}"
 
 
-class CalibrationRecipe(_Section):
+class CalibrationRecipe(Section):
     """How much data is observed."""
 
     windows: int = Field(default=32, ge=1)
@@ -205,165 +201,8 @@ class CalibrationRecipe(_Section):
     """Seed of everything random: which windows of the text, random tokens, random signs."""
 
 
-class VerificationRecipe(_Section):
+class VerificationRecipe(Section):
     """When the converted model is accepted."""
 
     max_kl: float | None = Field(default=None, gt=0)
     """Largest mean KL divergence per token, in nats, of the converted from the float model; None reports it only."""
-
-
-class Recipe(_Section):
-    """All choices of one conversion. Unset fields take the values of the FPTQ publication (arXiv 2308.15987)."""
-
-    name: str = "paper"
-    """Name in reports."""
-
-    description: str = ""
-    """One line on what the recipe is for."""
-
-    activations: ActivationRecipe = ActivationRecipe()
-    """How activations become int8."""
-
-    equalization: EqualizationRecipe = EqualizationRecipe()
-    """What happens between v0 and v1."""
-
-    rotation: RotationRecipe = RotationRecipe()
-    """Rotations before calibration."""
-
-    weights: WeightRecipe = WeightRecipe()
-    """How weights become int4."""
-
-    layers: LayersRecipe = LayersRecipe()
-    """Which layers take part."""
-
-    calibration: CalibrationRecipe = CalibrationRecipe()
-    """How much data is observed."""
-
-    verification: VerificationRecipe = VerificationRecipe()
-    """When the result is accepted."""
-
-    @classmethod
-    def names(cls) -> list[str]:
-        """The recipes that come with the package."""
-        return sorted(path.stem for path in _RECIPES.glob("*.yaml"))
-
-    @classmethod
-    def load(cls, name_or_path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
-        """Read a recipe of the package by its name, or a YAML file by its path.
-
-        Args:
-            name_or_path: "paper", or a path; an argument with a suffix or a directory is taken as a path.
-            overrides: Dotted fields and their values, such as {"weights.grid": "signed8"}, applied on top.
-
-        Raises:
-            RecipeError: No such recipe, unreadable YAML, or a field that the schema refuses, with its line.
-        """
-        text_name = str(name_or_path)
-        if "/" not in text_name and not Path(text_name).suffix:
-            if text_name not in cls.names():
-                raise RecipeError(
-                    f"recipe {text_name!r}", "there is no such recipe", f"Use {_listing(cls.names())} or a YAML file"
-                )
-            path = _RECIPES / f"{text_name}.yaml"
-        else:
-            path = Path(name_or_path)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = f"it cannot be read ({error})"
-            raise RecipeError(text_name, reason, "Give a recipe name or the path of a YAML file") from None
-        return cls.from_yaml(text, where=text_name, overrides=overrides)
-
-    @classmethod
-    def from_yaml(cls, text: str, *, where: str = "recipe", overrides: Mapping[str, Any] | None = None) -> Recipe:
-        """Parse YAML text; errors as in `load`."""
-        try:
-            node = yaml.compose(text, Loader=yaml.SafeLoader)
-            data = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            place = f"{where}:{mark.line + 1}" if mark else where
-            problem = getattr(error, "problem", None) or "it is not YAML"
-            raise RecipeError(place, str(problem), "Correct the YAML") from None
-        if data is None:
-            data = {}
-        if not isinstance(data, dict):
-            raise RecipeError(where, "it is not a mapping of fields", 'Start from a copy of the recipe "paper"')
-        for dotted, value in (overrides or {}).items():
-            _set(data, dotted, value)
-        try:
-            return cls.model_validate(data)
-        except ValidationError as error:
-            raise _recipe_error(error, where, node, set(overrides or {})) from None
-
-    def with_overrides(self, overrides: Mapping[str, Any]) -> Recipe:
-        """A copy with dotted fields replaced, such as {"weights.grid": "signed8"}; RecipeError if refused."""
-        data = self.model_dump()
-        for dotted, value in overrides.items():
-            _set(data, dotted, value)
-        try:
-            return Recipe.model_validate(data)
-        except ValidationError as error:
-            raise _recipe_error(error, self.name, None, set(overrides)) from None
-
-    def resolved(self) -> dict[str, Any]:
-        """Every field with its value, in plain JSON types, for the report and the model's metadata."""
-        return self.model_dump(mode="json")
-
-    def policy(self) -> PolicySettings:
-        """The part of the recipe that the activation policy reads."""
-        a, e = self.activations, self.equalization
-        scheme = None if a.scheme == "policy" else Scheme(a.scheme)
-        return PolicySettings(a.v0, a.v1, a.range, scheme, e.method, e.alpha, e.floor)
-
-
-def _set(data: dict[str, Any], dotted: str, value: Any) -> None:
-    *parents, last = dotted.split(".")
-    for parent in parents:
-        child = data.setdefault(parent, {})
-        if not isinstance(child, dict):
-            raise RecipeError(dotted, f"{parent} is not a section", "Name a field such as weights.grid")
-        data = child
-    data[last] = value
-
-
-def _recipe_error(error: ValidationError, where: str, node: yaml.Node | None, overridden: set[str]) -> RecipeError:
-    """One line from pydantic's first complaint: file, line, field, what is wrong and what would be right."""
-    first = error.errors()[0]
-    path = [str(part) for part in first["loc"]]
-    dotted = ".".join(path)
-    line = None if dotted in overridden else _line(node, path)
-    place = f"{where}:{line} {dotted}" if line else f"{where} {dotted}"
-    if first["type"] == "extra_forbidden":
-        known = _fields(path[:-1])
-        close = difflib.get_close_matches(path[-1], known, n=1)
-        return RecipeError(place, "there is no such field", f"Use {close[0] if close else _listing(known)}")
-    message = first["msg"].removeprefix("Value error, ")
-    shown = f" (it is {first['input']!r})" if isinstance(first["input"], str | int | float | bool | None) else ""
-    return RecipeError(place, message[0].lower() + message[1:] + shown, "Correct the value")
-
-
-def _fields(path: list[str]) -> list[str]:
-    model: type[BaseModel] = Recipe
-    for part in path:
-        model = model.model_fields[part].annotation  # type: ignore[assignment]
-    return list(model.model_fields)
-
-
-def _line(node: yaml.Node | None, path: list[str]) -> int | None:
-    """1-based line of the deepest part of ``path`` that the file contains."""
-    line = None
-    for part in path:
-        if isinstance(node, yaml.MappingNode):
-            pair = next(((k, v) for k, v in node.value if k.value == part), None)
-            if pair is None:
-                return line
-            line, node = pair[0].start_mark.line + 1, pair[1]
-        elif isinstance(node, yaml.SequenceNode) and part.isdigit() and int(part) < len(node.value):
-            node = node.value[int(part)]
-            line = node.start_mark.line + 1
-    return line
-
-
-def _listing(names: list[str]) -> str:
-    return ", ".join(names)

@@ -30,6 +30,8 @@ ALLOWED = {
     "planning": {"graph", "quantization", "recipe"},
     "quantizing": {"errors", "graph", "quantization", "recipe", "calibration", "passes", "planning"},
     "evaluation": {"errors", "progress", "graph", "calibration", "runtime"},
+    "genai": {"errors", "ops", "report"},
+    "generation": {"errors", "graph", "evaluation", "genai"},
     "verification": {"errors", "progress", "graph", "ops", "calibration", "evaluation", "report", "runtime"},
     "export": {"errors", "progress", "graph"},
 }

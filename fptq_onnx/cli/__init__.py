@@ -11,6 +11,7 @@ for _command in (
     "convert",
     "evaluate",
     "export",
+    "generate",
 ):
     importlib.import_module(f"fptq_onnx.cli.{_command}")
 

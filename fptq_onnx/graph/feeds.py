@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from fptq_onnx.errors import CalibrationError
-from fptq_onnx.graph.lookups import cache_head_size, position_limit, vocabulary_size
+from fptq_onnx.graph.lookups import attends_in_place, cache_head_size, position_limit, vocabulary_size
 
 __all__ = ["Feeds", "ModelInput", "ModelInputs", "describe_inputs", "describe_session"]
 
@@ -44,6 +44,22 @@ class ModelInput:
     def rank(self) -> int | None:
         """Number of dimensions, None if unknown."""
         return None if self.shape is None else len(self.shape)
+
+    def cache_shape(self, batch: int, length: int) -> tuple[int, ...] | None:
+        """Shape of a key or value cache of `length` tokens, in whichever order the model declares its axes.
+
+        Args:
+            batch: Number of sequences.
+            length: Tokens in the cache.
+
+        Returns:
+            For example [batch, heads, length, head size]; None if this input is no cache.
+        """
+        if self.shape is None or len(self.shape) != 4 or not any(part in self.name for part in ("past", "cache")):
+            return None
+        if sum(not isinstance(size, int) for size in self.shape[1:]) != 1:
+            return None
+        return (batch, *(size if isinstance(size, int) else length for size in self.shape[1:]))
 
     def check(self, array: Array, where: str) -> None:
         """Raise CalibrationError unless `array` has the declared type and shape."""
@@ -78,11 +94,14 @@ class ModelInputs:
         inputs: The declared inputs, those with a default (initializer) left out.
         vocabulary: Number of token ids that the embedding knows; None if it was not found.
         positions: Longest sequence that the position tables allow; None if none was found.
+        in_place: Attention (GroupQueryAttention) can append to a cache in the buffer that it is read from. Such
+            models take padding on the right, after the tokens; others on the left.
     """
 
     inputs: tuple[ModelInput, ...]
     vocabulary: int | None = None
     positions: int | None = None
+    in_place: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -97,6 +116,16 @@ class ModelInputs:
                 if spec.name == name:
                     return spec
         return None
+
+    @property
+    def mask_input(self) -> ModelInput | None:
+        """The input that tells tokens from padding; None if there is none."""
+        return next((spec for spec in self.inputs if spec.name in _MASK_NAMES), None)
+
+    @property
+    def caches(self) -> tuple[ModelInput, ...]:
+        """The inputs that hold keys and values of earlier tokens."""
+        return tuple(spec for spec in self.inputs if spec.cache_shape(1, 0) is not None)
 
     @property
     def batch_size(self) -> int | None:
@@ -135,7 +164,7 @@ class ModelInputs:
             )
         feeds: Feeds = {tokens.name: _as_type(np.asarray(token_ids), tokens)}
         if attention_mask is not None:
-            mask = next((spec for spec in self.inputs if spec.name in _MASK_NAMES), None)
+            mask = self.mask_input
             if mask is not None:
                 feeds[mask.name] = _as_type(np.asarray(attention_mask), mask)
             elif not np.all(attention_mask):
@@ -243,7 +272,10 @@ def describe_inputs(model: ir.Model) -> ModelInputs:
         return described
     token_ids = next(value for value in model.graph.inputs if value.name == tokens.name)
     return ModelInputs(
-        described.inputs, vocabulary_size(model.graph, token_ids), position_limit(model.graph, token_ids)
+        described.inputs,
+        vocabulary_size(model.graph, token_ids),
+        position_limit(model.graph, token_ids),
+        attends_in_place(model.graph, {spec.name for spec in described.caches}),
     )
 
 
@@ -290,25 +322,17 @@ def _fill(spec: ModelInput, token_ids: Array, mask: Array | None) -> Array | Non
     if spec.name in _MASK_NAMES and spec.rank in (2, None):
         return np.ones((batch, sequence), spec.dtype)
     if spec.name in _POSITION_NAMES:
+        # A mask longer than the tokens also covers the past, which comes first.
+        total = mask.shape[1] if mask is not None and mask.ndim == 2 else sequence
         if spec.rank == 1:
-            return np.arange(sequence).astype(spec.dtype)
+            return np.arange(total - sequence, total).astype(spec.dtype)
         counted = np.ones((batch, sequence), np.int64) if mask is None else (mask != 0).astype(np.int64)
-        if counted.shape == (batch, sequence):
-            positions: Array = np.maximum(np.cumsum(counted, axis=1) - 1, 0).astype(spec.dtype)
+        if counted.shape == (batch, total) and total >= sequence:
+            positions: Array = np.maximum(np.cumsum(counted, axis=1) - 1, 0)[:, total - sequence :].astype(spec.dtype)
             return positions
     if spec.name in _SEGMENT_NAMES:
         return np.zeros((batch, sequence), spec.dtype)
     if spec.name in _CONSTANTS:
         return np.full([d if isinstance(d, int) else 1 for d in spec.shape or ()], _CONSTANTS[spec.name], spec.dtype)
-    return _empty_cache(spec, batch)
-
-
-def _empty_cache(spec: ModelInput, batch: int) -> Array | None:
-    """Zero-length key or value cache [B, heads, 0, head size], in whichever order the model declares it."""
-    if spec.shape is None or len(spec.shape) != 4 or not any(part in spec.name for part in ("past", "cache")):
-        return None
-    dynamic = [axis for axis in (1, 2, 3) if not isinstance(spec.shape[axis], int)]
-    if len(dynamic) != 1:
-        return None
-    sizes = [batch, *(size if isinstance(size, int) else 0 for size in spec.shape[1:])]
-    return np.zeros(sizes, spec.dtype)
+    empty = spec.cache_shape(batch, 0)
+    return None if empty is None else np.zeros(empty, spec.dtype)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["cache_head_size", "position_limit", "vocabulary_size"]
+__all__ = ["attends_in_place", "cache_head_size", "position_limit", "vocabulary_size"]
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import onnx_ir as ir
 
@@ -56,6 +56,12 @@ def cache_head_size(cache: ir.Value) -> int | None:
         if heads and width:
             return width // heads
     return None
+
+
+def attends_in_place(graph: ir.Graph, caches: Collection[str]) -> bool:
+    """Whether all caches are read by GroupQueryAttention alone, whose past and present may be one buffer."""
+    uses = [use for value in graph.inputs if value.name in caches for use in value.uses()]
+    return bool(uses) and all(use.node.op_type == "GroupQueryAttention" for use in uses)
 
 
 def _tables(graph: ir.Graph) -> Iterator[tuple[ir.Value, int, int]]:

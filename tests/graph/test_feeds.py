@@ -67,6 +67,18 @@ def test_positions_count_a_past():
     np.testing.assert_array_equal(inputs.token_positions(feeds), [[1, 2, 3, 4, 5], [2, 3, 4, 5, -1]])
 
 
+def test_positions_after_a_past_are_filled():
+    inputs = inputs_of(
+        ModelInput("attention_mask", INT64, ("b", "t")),
+        ModelInput("position_ids", INT64, ("b", "s")),
+        ModelInput("cache_position", INT64, ("s",)),
+    )
+    mask = np.array([[0, 1, 1, 1, 1, 1, 1], [1, 1, 0, 1, 1, 1, 1]])
+    feeds = inputs.complete({"input_ids": IDS, "attention_mask": mask}, "test")
+    np.testing.assert_array_equal(feeds["position_ids"], [[1, 2, 3, 4, 5], [1, 2, 3, 4, 5]])
+    np.testing.assert_array_equal(feeds["cache_position"], [2, 3, 4, 5, 6])
+
+
 @pytest.mark.parametrize(
     ("shape", "expected"),
     [(("b", 4, "p", 16), (2, 4, 0, 16)), (("b", "p", 4, 16), (2, 0, 4, 16)), ((2, 4, "p", 16), (2, 4, 0, 16))],

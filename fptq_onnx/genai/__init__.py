@@ -1,0 +1,1 @@
+"""Model folders of onnxruntime-genai: their configuration, and converting one into another."""

@@ -1,0 +1,94 @@
+"""Greedy generation: the loop, where it stops, and the command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import families
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from fptq_onnx.cli import app
+from fptq_onnx.errors import CalibrationError, ModelError
+from fptq_onnx.evaluation.language_model import LanguageModel, open_language_model
+from fptq_onnx.generation.generate import find_model, generate, stop_tokens
+
+NEW = 8
+
+
+def _greedy(model: LanguageModel, prompt: list[int]) -> list[int]:
+    """The definition: run the whole sequence again for every token."""
+    ids = list(prompt)
+    for _ in range(NEW):
+        ids.append(int(model.run(np.array(ids), "test")[0][-1].argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("family", [families.DYNAMO_KV, families.GENAI_FP32, families.GENAI_FP16])
+def test_prompts_of_different_lengths_run_as_one_batch(family: str) -> None:
+    model = open_language_model(families.model("llama", family).path, threads=1)
+    prompts = [[5, 6, 7, 8], [200], [31, 14, 15]]
+    made = generate(model, prompts, max_new_tokens=NEW)
+    assert made.token_ids == [_greedy(model, prompt) for prompt in prompts]
+    assert (made.prefill_tokens, made.decode_steps) == (8, NEW - 1)
+
+
+def test_each_sequence_ends_with_its_stop_token() -> None:
+    model = open_language_model(families.model("llama", families.DYNAMO_KV).path, threads=1)
+    prompts = [[5, 6, 7, 8], [200]]
+    whole = [_greedy(model, prompt) for prompt in prompts]
+    stop = whole[1][2]
+    made = generate(model, prompts, max_new_tokens=NEW, stop={stop})
+    ends = [row.index(stop) + 1 if stop in row else NEW for row in whole]
+    assert made.token_ids == [row[:end] for row, end in zip(whole, ends, strict=True)]
+    assert made.decode_steps == max(ends) - 1
+
+
+def test_no_token_is_asked_for() -> None:
+    model = open_language_model(families.model("llama", families.DYNAMO_KV).path, threads=1)
+    with pytest.raises(CalibrationError, match="at least one token"):
+        generate(model, [[1]], max_new_tokens=0)
+    with pytest.raises(CalibrationError, match="at least one token per prompt"):
+        generate(model, [], max_new_tokens=1)
+
+
+def test_where_the_model_lies(tmp_path: Path) -> None:
+    genai = families.model("llama", families.GENAI_FP32).path
+    assert find_model(genai.parent) == genai == find_model(genai)
+    plain = families.model("llama", families.DYNAMO_KV).path
+    assert find_model(plain.parent) == plain
+    with pytest.raises(ModelError, match="holds neither genai_config"):
+        find_model(tmp_path)
+
+
+def test_what_ends_a_text(tmp_path: Path) -> None:
+    assert stop_tokens(tmp_path) == frozenset()
+    (tmp_path / "config.json").write_text('{"eos_token_id": 2}')
+    assert stop_tokens(tmp_path) == {2}
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
+    assert stop_tokens(tmp_path) == {2, 3}
+    (tmp_path / "genai_config.json").write_text('{"model": {"decoder": {"filename": "a.onnx"}, "eos_token_id": 7}}')
+    assert stop_tokens(tmp_path) == {7}
+    (tmp_path / "genai_config.json").write_text("{")
+    with pytest.raises(ModelError, match="is not JSON"):
+        stop_tokens(tmp_path)
+
+
+def test_command() -> None:
+    tiny = families.model("llama", families.GENAI_FP32)
+    arguments = ["generate", str(tiny.path.parent), "--max-new-tokens", str(NEW), "--ignore-stop", "--json"]
+    result = CliRunner().invoke(app, [*arguments, "--prompt", "The old mill", "--prompt", "She"])
+    assert result.exit_code == 0, result.output
+    sequences = json.loads(result.stdout)["sequences"]
+    by_ids = [",".join(map(str, sequence["prompt_ids"])) for sequence in sequences]
+    again = CliRunner().invoke(app, [*arguments, "--prompt-ids", by_ids[0], "--prompt-ids", by_ids[1]])
+    assert json.loads(again.stdout)["sequences"] == sequences
+    assert [len(sequence["token_ids"]) for sequence in sequences] == [NEW, NEW]
+
+
+@pytest.mark.parametrize("prompts", [[], ["--prompt", "a", "--prompt-ids", "1"], ["--prompt-ids", "one"]])
+def test_command_with_wrong_prompts(prompts: list[str]) -> None:
+    result = CliRunner().invoke(app, ["generate", "model.onnx", *prompts])
+    assert result.exit_code == 2 and "prompt" in result.stderr

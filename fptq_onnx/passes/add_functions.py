@@ -6,13 +6,14 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from fptq_onnx.ops import DOMAIN, VERSION, dynamic_quantize_per_token, w4a8_matmul
+from fptq_onnx.ops import DOMAIN, VERSION, dynamic_quantize_per_token, w4a8_matmul, w8a8_matmul
 
 __all__ = ["AddFunctionsPass"]
 
 FUNCTIONS: dict[str, Callable[[], ir.Function]] = {
     dynamic_quantize_per_token.NAME: dynamic_quantize_per_token.function,
     w4a8_matmul.NAME: w4a8_matmul.function,
+    w8a8_matmul.NAME: w8a8_matmul.function,
 }
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from fptq_onnx import ops
 from fptq_onnx.errors import RuntimeUnavailableError
+from fptq_onnx.passes.add_functions import AddFunctionsPass
 
 DTYPES = {
     "float32": ir.DataType.FLOAT,
@@ -21,6 +22,7 @@ DTYPES = {
 }
 NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 # Half the distance of neighbouring numbers, relative: what rounding a result to T may cost.
+ISA_VARIABLE = "FPTQ_CPU_ISA"
 ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 
@@ -32,6 +34,15 @@ def library_path() -> str:
         pytest.fail(str(error))
 
 
+def available_kernels() -> list[str]:
+    """The instruction sets that the library offers on this machine, from its own error message."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(ISA_VARIABLE, "?")
+        with pytest.raises(Exception, match="Use one of") as refused:
+            open_session(quantize_model("float32"))
+    return str(refused.value).split("Use one of: ")[1].split(".")[0].split(", ")
+
+
 def _model(nodes: Sequence[ir.Node], inputs: Sequence[ir.Value], initializers: Sequence[ir.Value]) -> ir.Model:
     graph = ir.Graph(
         inputs,
@@ -41,8 +52,9 @@ def _model(nodes: Sequence[ir.Node], inputs: Sequence[ir.Value], initializers: S
         opset_imports={"": ops.BODY_OPSET, ops.DOMAIN: ops.VERSION},
         name="one_node",
     )
-    functions = [ops.w4a8_matmul.function(), ops.dynamic_quantize_per_token.function()]
-    return ir.Model(graph, ir_version=10, functions=functions, producer_name="tests")
+    model = ir.Model(graph, ir_version=10, producer_name="tests")
+    AddFunctionsPass()(model)
+    return model
 
 
 def constant(name: str, array: np.ndarray, dtype: ir.DataType | None = None) -> ir.Value:
@@ -94,6 +106,26 @@ def matmul_model(
     node = ops.w4a8_matmul.w4a8_matmul(
         a, a_scale, *initializers, block_size=block_size, scale_max_multiple=scale_max_multiple, name="the_node"
     )
+    return _model(_readable(_named(node, "Y")), [a, a_scale], initializers)
+
+
+def int8_matmul_model(
+    b: np.ndarray,
+    b_scale: np.ndarray,
+    *,
+    zero_point: int = 128,
+    a_shape: Sequence[int | str | None] | None = None,
+    a_scale_shape: Sequence[int | str | None] | None = None,
+) -> ir.Model:
+    """W8A8MatMul on the inputs A and a_scale."""
+    a = value("A", ir.DataType.UINT8, a_shape)
+    a_scale = value("a_scale", ir.DataType.FLOAT, a_scale_shape)
+    initializers = [
+        constant("a_zero_point", np.array(zero_point, dtype=np.uint8)),
+        constant("B", b),
+        constant("b_scale", b_scale),
+    ]
+    node = ops.w8a8_matmul.w8a8_matmul(a, a_scale, *initializers, name="the_node")
     return _model(_readable(_named(node, "Y")), [a, a_scale], initializers)
 
 

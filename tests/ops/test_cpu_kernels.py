@@ -15,20 +15,9 @@ import pytest
 from fptq_onnx import ops
 from fptq_onnx.ops import dynamic_quantize_per_token, w4a8_matmul
 
-VARIABLE = "FPTQ_CPU_ISA"
-
-
-def _available() -> list[str]:
-    """The names that the library offers on this machine, from its own error message."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(VARIABLE, "?")
-        with pytest.raises(Exception, match="Use one of") as refused:
-            op_models.open_session(op_models.quantize_model("float32"))
-    return str(refused.value).split("Use one of: ")[1].split(".")[0].split(", ")
-
 
 def test_unknown_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(VARIABLE, "abacus")
+    monkeypatch.setenv(op_models.ISA_VARIABLE, "abacus")
     with pytest.raises(Exception, match=r"FPTQ_CPU_ISA is 'abacus', which .* Use one of: .*portable"):
         op_models.open_session(op_models.quantize_model("float32"))
 
@@ -56,8 +45,8 @@ def test_all_kernels_give_the_reference(
     )
     scale = np.abs(expected).max()
     results = {}
-    for name in _available():
-        monkeypatch.setenv(VARIABLE, name)
+    for name in op_models.available_kernels():
+        monkeypatch.setenv(op_models.ISA_VARIABLE, name)
         (results[name],) = op_models.run(model, feeds, threads=2)
         np.testing.assert_allclose(results[name], expected, rtol=0, atol=2e-6 * scale, err_msg=name)
     if structured:
@@ -81,8 +70,8 @@ def test_all_quantizers_give_the_reference(dtype: str, monkeypatch: pytest.Monke
     x = np.random.default_rng(0).standard_normal((9, 611)).astype(np.float32)
     expected = dynamic_quantize_per_token.reference(x.astype(op_models.NUMPY_DTYPES[dtype]))
     feed = x if dtype == "bfloat16" else x.astype(op_models.NUMPY_DTYPES[dtype])
-    for name in _available():
-        monkeypatch.setenv(VARIABLE, name)
+    for name in op_models.available_kernels():
+        monkeypatch.setenv(op_models.ISA_VARIABLE, name)
         y, scale = op_models.run(op_models.quantize_model(dtype), {"X": feed})
         np.testing.assert_array_equal(y, expected[0], err_msg=name)
         np.testing.assert_array_equal(scale, expected[1], err_msg=name)

@@ -222,7 +222,12 @@ def _onnx_model(
         ({"b_shape": (0, 8), "a_shape": ("M", 0)}, "K and N must be at least 1"),
         ({"b_shape": (64, 0)}, "K and N must be at least 1"),
         (
-            {"b_shape": (2**21, 1), "scale_shape": (1, 1), "attributes": {"block_size": 2**21}},
+            {
+                "a_shape": ("M", 2**21),
+                "b_shape": (2**21, 1),
+                "scale_shape": (1, 1),
+                "attributes": {"block_size": 2**21},
+            },
             "may overflow int32",
         ),
         ({"scale_shape": (16,)}, r"b_scale has shape \[16\]"),

@@ -12,7 +12,7 @@
 
 extern "C" {
 
-/// Adds W4A8MatMul and DynamicQuantizePerToken (domain "fptq", version 1) to `options`.
+/// Adds the ops of domain "fptq", version 1, to `options`.
 ///
 /// onnxruntime calls this through `register_custom_ops_library`; a program that links the library statically may call
 /// it itself. Works with onnxruntime 1.23 and newer: the API is negotiated with the runtime that calls.

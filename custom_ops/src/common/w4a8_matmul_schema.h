@@ -18,6 +18,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "common/matmul_inputs.h"
 #include "common/node_location.h"
 #include "common/op_base.h"
 #include "common/op_names.h"
@@ -25,9 +26,6 @@
 #include "onnxruntime_cxx_api.h"
 
 namespace fptq {
-
-/// Positions of the inputs.
-enum W4A8Input : size_t { kInputA = 0, kInputAScale, kInputAZeroPoint, kInputB, kInputBScale, kW4A8InputCount };
 
 /// Longest group whose integer sum is sure to fit int32: K * 255 * 8 < 2^31.
 inline constexpr int64_t kMaxGroupLength = (int64_t{1} << 31) / (255 * 8);
@@ -50,24 +48,11 @@ struct W4A8MatMulNode {
   static W4A8MatMulNode Read(Ort::ConstKernelInfo info);
 };
 
-/// The shapes of one call.
-struct W4A8MatMulCall {
-  int64_t rows = 0;            ///< product of A's leading dimensions
-  bool per_token = false;      ///< one a_scale per row
-  std::vector<int64_t> shape;  ///< of Y
-
-  /// Checks the shapes that only a call knows; throws Ort::Exception naming the node.
-  static W4A8MatMulCall Check(const W4A8MatMulNode& node, const std::vector<int64_t>& a,
-                              const std::vector<int64_t>& a_scale, const std::vector<int64_t>& a_zero_point);
-};
-
-void InferW4A8MatMulShapes(InferenceContext& context);
-
 /// The op for one T and one kernel (see OpBase for what the kernel provides).
 template <class Kernel, ONNXTensorElementDataType kType>
 struct W4A8MatMulOp : OpBase<W4A8MatMulOp<Kernel, kType>, Kernel> {
   const char* GetName() const { return kW4A8MatMul; }
-  size_t GetInputTypeCount() const { return kW4A8InputCount; }
+  size_t GetInputTypeCount() const { return kMatMulInputCount; }
   ONNXTensorElementDataType GetInputType(size_t index) const {
     switch (index) {
       case kInputAScale:
@@ -82,7 +67,7 @@ struct W4A8MatMulOp : OpBase<W4A8MatMulOp<Kernel, kType>, Kernel> {
   }
   size_t GetOutputTypeCount() const { return 1; }
   ONNXTensorElementDataType GetOutputType(size_t) const { return kType; }
-  static void InferShapes(InferenceContext& context) { InferW4A8MatMulShapes(context); }
+  static void InferShapes(InferenceContext& context) { InferMatMulShapes(context); }
 };
 
 }  // namespace fptq

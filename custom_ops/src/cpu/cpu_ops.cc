@@ -3,13 +3,15 @@
 #include <algorithm>
 #include <cstdint>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "common/dynamic_quantize_per_token_schema.h"
 #include "common/w4a8_matmul_schema.h"
+#include "common/w8a8_matmul_schema.h"
 #include "cpu/isa.h"
 #include "cpu/mapped_memory.h"
-#include "cpu/w4a8_gemm.h"
+#include "cpu/packed_gemm.h"
 
 namespace fptq::cpu {
 namespace {
@@ -46,22 +48,47 @@ class Scratch {
   void* data_;
 };
 
+// The weights of a node, as its kernel packs them.
 template <ONNXTensorElementDataType kType>
-class W4A8MatMulKernel {
+WeightSource SourceOf(const W4A8MatMulNode& node) {
+  WeightSource source;
+  source.k = node.k;
+  source.n = node.n;
+  source.block_size = node.block_size;
+  source.b = node.b;
+  source.b_scale = node.b_scale;
+  source.type = ElementOf(kType);
+  source.scale_max_multiple = node.scale_max_multiple;
+  source.zero_point_is_128 = node.constant_zero_point == kActivationOffset;
+  return source;
+}
+
+template <ONNXTensorElementDataType kType>
+WeightSource SourceOf(const W8A8MatMulNode& node) {
+  WeightSource source;
+  source.bits = 8;
+  source.k = node.k;
+  source.n = node.n;
+  source.block_size = node.k;
+  source.b = node.b;
+  source.b_scale = node.b_scale;
+  source.type = ElementOf(kType);
+  source.zero_point_is_128 = node.constant_zero_point == kActivationOffset;
+  return source;
+}
+
+// W4A8MatMul and W8A8MatMul.
+template <class Node, ONNXTensorElementDataType kType>
+class MatMulKernel {
  public:
   static constexpr const char* kProvider = cpu::kProvider;
   static OrtMemType InputMemoryType(size_t) { return OrtMemTypeDefault; }
 
-  explicit W4A8MatMulKernel(Ort::ConstKernelInfo info)
-      : node_(W4A8MatMulNode::Read(info)), gemm_(SourceOf(node_), ChosenKernels()) {
-    if (node_.scale_max_multiple > 0 && !gemm_.weights().structured) {
-      const std::string text =
-          Concat("fptq.W4A8MatMul node '", node_.location.name, "': scale_max_multiple is ", node_.scale_max_multiple,
-                 " but b_scale is not of that form (or K is too long). The kernel uses the scales as they are.");
-      info.GetLogger().LogMessage(ORT_LOGGING_LEVEL_WARNING, ORT_FILE, __LINE__, "W4A8MatMul", text.c_str());
-    }
+  explicit MatMulKernel(Ort::ConstKernelInfo info)
+      : node_(Node::Read(info)), gemm_(SourceOf<kType>(node_), ChosenKernels()) {
+    if constexpr (std::is_same_v<Node, W4A8MatMulNode>) WarnOfUnstructuredScales(info);
     // Only the packed copy is read from here on.
-    ReleasePages(node_.b, static_cast<size_t>((node_.k * node_.n + 1) / 2));
+    ReleasePages(node_.b, static_cast<size_t>((node_.k * node_.n * gemm_.weights().bits + 7) / 8));
     node_.b = nullptr;
     node_.b_scale = nullptr;
   }
@@ -70,13 +97,13 @@ class W4A8MatMulKernel {
     const Ort::ConstValue a = context.GetInput(kInputA);
     const Ort::ConstValue a_scale = context.GetInput(kInputAScale);
     const Ort::ConstValue a_zero_point = context.GetInput(kInputAZeroPoint);
-    const W4A8MatMulCall shapes = W4A8MatMulCall::Check(node_, a.GetTensorTypeAndShapeInfo().GetShape(),
-                                                        a_scale.GetTensorTypeAndShapeInfo().GetShape(),
-                                                        a_zero_point.GetTensorTypeAndShapeInfo().GetShape());
+    const MatMulShapes shapes = MatMulShapes::Check(node_, a.GetTensorTypeAndShapeInfo().GetShape(),
+                                                    a_scale.GetTensorTypeAndShapeInfo().GetShape(),
+                                                    a_zero_point.GetTensorTypeAndShapeInfo().GetShape());
     Ort::UnownedValue y = context.GetOutput(0, shapes.shape);
     if (shapes.rows == 0) return;
     const Scratch scratch(context, memory_, gemm_.ScratchBytes(shapes.rows));
-    W4A8Gemm::Call call;
+    PackedGemm::Call call;
     call.a = a.GetTensorData<uint8_t>();
     call.rows = shapes.rows;
     call.a_scale = a_scale.GetTensorData<float>();
@@ -88,21 +115,16 @@ class W4A8MatMulKernel {
   }
 
  private:
-  static WeightSource SourceOf(const W4A8MatMulNode& node) {
-    WeightSource source;
-    source.k = node.k;
-    source.n = node.n;
-    source.block_size = node.block_size;
-    source.b = node.b;
-    source.b_scale = node.b_scale;
-    source.type = ElementOf(kType);
-    source.scale_max_multiple = node.scale_max_multiple;
-    source.zero_point_is_128 = node.constant_zero_point == kActivationOffset;
-    return source;
+  void WarnOfUnstructuredScales(Ort::ConstKernelInfo info) const {
+    if (node_.scale_max_multiple == 0 || gemm_.weights().structured) return;
+    const std::string text =
+        Concat("fptq.W4A8MatMul node '", node_.location.name, "': scale_max_multiple is ", node_.scale_max_multiple,
+               " but b_scale is not of that form (or K is too long). The kernel uses the scales as they are.");
+    info.GetLogger().LogMessage(ORT_LOGGING_LEVEL_WARNING, ORT_FILE, __LINE__, "W4A8MatMul", text.c_str());
   }
 
-  W4A8MatMulNode node_;
-  W4A8Gemm gemm_;
+  Node node_;
+  PackedGemm gemm_;
   Ort::MemoryInfo memory_ = Ort::MemoryInfo::CreateCpu(OrtDeviceAllocator, OrtMemTypeDefault);
 };
 
@@ -143,7 +165,8 @@ class DynamicQuantizePerTokenKernel {
 
 template <ONNXTensorElementDataType kType>
 void AddOps(OpRegistry& registry) {
-  registry.Add<W4A8MatMulOp<W4A8MatMulKernel<kType>, kType>>();
+  registry.Add<W4A8MatMulOp<MatMulKernel<W4A8MatMulNode, kType>, kType>>();
+  registry.Add<W8A8MatMulOp<MatMulKernel<W8A8MatMulNode, kType>, kType>>();
   registry.Add<DynamicQuantizePerTokenOp<DynamicQuantizePerTokenKernel<kType>, kType>>();
 }
 

@@ -6,7 +6,7 @@
 
 namespace fptq::cpu {
 
-/// Adds both ops for float32, float16 and bfloat16 on the CPU execution provider.
+/// Adds every op for float32, float16 and bfloat16 on the CPU execution provider.
 void AddCpuOps(OpRegistry& registry);
 
 }  // namespace fptq::cpu

@@ -47,8 +47,11 @@ struct V {
     __builtin_memcpy(&four, a, 4);
     return _mm512_set1_epi32(four);
   }
-  static void DotOctet(Int& acc, Bytes low, Bytes high, Four first, Four second) {
+  static void DotNibbles(Int& acc, Bytes low, Bytes high, Four first, Four second) {
     acc = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(acc, low, first), high, second);
+  }
+  static void DotBytes(Int& acc, Bytes low, Bytes high, Four first, Four second) {
+    DotNibbles(acc, low, high, first, second);
   }
 
   static void KeepInRegister(Int& a) { asm("" : "+v"(a)); }

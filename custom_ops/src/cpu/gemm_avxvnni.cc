@@ -13,6 +13,7 @@ FPTQ_TARGET_BEGIN("avx2,fma,f16c,avxvnni")
 namespace fptq::cpu {
 namespace {
 
+template <int kLargest>
 inline __m256i DotQuads(__m256i acc, __m256i low, __m256i high, __m256i first, __m256i second) {
   return _mm256_dpbusd_avx_epi32(_mm256_dpbusd_avx_epi32(acc, low, first), high, second);
 }

@@ -6,20 +6,25 @@
 namespace fptq::cpu::portable {
 namespace {
 
-// sum_{k in group} (A - zero point) * B for the 16 channels of a strip; exact.
-void GroupSums(const GemmCall& call, const uint8_t* nibbles, const int8_t* a, int64_t octets, int32_t a_sum,
-               const int32_t* weight_sum, int32_t* acc) {
-  // (a - z) * (u - 8) = a u - 8 a - z (u - 8), with a = A - 128, z = zero point - 128, u = B + 8
+// sum_{k in group} (A - zero point) * B for the 16 channels of a strip; exact. The sum fits int32, parts of it need
+// not: unsigned arithmetic, which wraps.
+void GroupSums(const GemmCall& call, const uint8_t* data, const int8_t* a, int64_t octets, int32_t a_sum,
+               const int32_t* weight_sum, uint32_t* acc) {
+  const PackedWeights& w = *call.weights;
+  // (a - z) * (u - o) = a u - o a - z (u - o), with a = A - 128, z = zero point - 128, u = B + o, o = 8 or 128
   for (int64_t c = 0; c < kStrip; ++c) {
-    acc[c] = -kWeightOffset * a_sum - (weight_sum != nullptr ? call.zero_offset * weight_sum[c] : 0);
+    const int32_t zero = weight_sum != nullptr ? weight_sum[c] : 0;
+    acc[c] = 0u - static_cast<uint32_t>(w.offset() * a_sum) - static_cast<uint32_t>(call.zero_offset * zero);
   }
-  for (int64_t octet = 0; octet < octets; ++octet, nibbles += kOctetBytes, a += kOctet) {
+  for (int64_t octet = 0; octet < octets; ++octet, data += w.octet_bytes(), a += kOctet) {
     for (int64_t c = 0; c < kStrip; ++c) {
       int32_t sum = 0;
       for (int64_t i = 0; i < 4; ++i) {
-        sum += (nibbles[4 * c + i] & 15) * a[i] + (nibbles[4 * c + i] >> 4) * a[4 + i];
+        const uint8_t both = data[4 * c + i];
+        sum += w.bits == 4 ? (both & 15) * a[i] + (both >> 4) * a[4 + i]
+                           : both * a[i] + data[kQuadBytes + 4 * c + i] * a[4 + i];
       }
-      acc[c] += sum;
+      acc[c] += static_cast<uint32_t>(sum);
     }
   }
 }
@@ -35,15 +40,15 @@ void Gemm(const GemmCall& call, int64_t row_begin, int64_t row_end, int64_t stri
       for (int64_t g = 0; g < w.groups; ++g) {
         const int64_t index = (strip * w.groups + g) * kStrip;
         const int64_t first = g * w.group_octets;
-        int32_t acc[kStrip];
-        GroupSums(call, w.StripNibbles(strip) + first * kOctetBytes, call.a + row * w.a_stride() + first * kOctet,
+        uint32_t acc[kStrip];
+        GroupSums(call, w.StripData(strip) + first * w.octet_bytes(), call.a + row * w.a_stride() + first * kOctet,
                   w.GroupOctets(g), call.a_sum[row * w.groups + g],
                   call.zero_offset != 0 ? w.sum.data() + index : nullptr, acc);
         for (int64_t c = 0; c < kStrip; ++c) {
           if (w.structured) {
-            total[c] += acc[c] * w.multiple[static_cast<size_t>(index + c)];
+            total[c] += static_cast<int32_t>(acc[c]) * w.multiple[static_cast<size_t>(index + c)];
           } else {
-            sum[c] += static_cast<float>(acc[c]) * w.scale[static_cast<size_t>(index + c)];
+            sum[c] += static_cast<float>(static_cast<int32_t>(acc[c])) * w.scale[static_cast<size_t>(index + c)];
           }
         }
       }

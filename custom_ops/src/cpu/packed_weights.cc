@@ -8,11 +8,11 @@
 namespace fptq::cpu {
 namespace {
 
-int64_t LargestStructuredK(int64_t max_multiple) {
-  return ((int64_t{1} << 31) - 1) / (255 * kWeightOffset * max_multiple);
-}
+int64_t LargestStructuredK(int64_t max_multiple) { return ((int64_t{1} << 31) - 1) / (255 * 8 * max_multiple); }
 
-int Nibble(const uint8_t* data, int64_t index) { return (data[index >> 1] >> ((index & 1) * 4)) & 15; }
+int Nibble(const void* data, int64_t index) {
+  return (static_cast<const uint8_t*>(data)[index >> 1] >> ((index & 1) * 4)) & 15;
+}
 
 // One octet of one strip, any shape. `row` is its first row of B, `rows` how many of its 8 exist.
 void PackOctet(const WeightSource& source, int64_t row, int64_t rows, int64_t strip, uint8_t* octet) {
@@ -20,7 +20,7 @@ void PackOctet(const WeightSource& source, int64_t row, int64_t rows, int64_t st
   for (int64_t r = 0; r < rows; ++r) {
     const int shift = r < 4 ? 0 : 4;
     for (int64_t c = 0; c < channels; ++c) {
-      const int value = Nibble(source.b, (row + r) * source.n + strip * kStrip + c) ^ kWeightOffset;
+      const int value = Nibble(source.b, (row + r) * source.n + strip * kStrip + c) ^ 8;
       uint8_t& byte = octet[4 * c + r % 4];
       byte = static_cast<uint8_t>((byte & ~(15 << shift)) | (value << shift));
     }
@@ -31,7 +31,7 @@ void PackOctet(const WeightSource& source, int64_t row, int64_t rows, int64_t st
 void PackWholeOctet(const WeightSource& source, int64_t row, int64_t strip, uint8_t* octet) {
   constexpr uint64_t kOffset = 0x8888888888888888u;  // two's complement -> value + 8
   constexpr uint64_t kLow = 0x0f0f0f0f0f0f0f0fu;
-  const uint8_t* first = source.b + (row * source.n + strip * kStrip) / 2;
+  const uint8_t* first = static_cast<const uint8_t*>(source.b) + (row * source.n + strip * kStrip) / 2;
   for (int64_t i = 0; i < 4; ++i) {
     uint64_t low, high;
     std::memcpy(&low, first + i * source.n / 2, sizeof(low));
@@ -51,15 +51,13 @@ void PackWholeOctet(const WeightSource& source, int64_t row, int64_t strip, uint
 }
 
 void PackNibbles(const WeightSource& source, PackedWeights* packed) {
-  // 0x88 is a pair of zero weights: it fills channels beyond N and rows beyond a group.
-  packed->nibbles.assign(static_cast<size_t>(packed->strips * packed->octets * kOctetBytes), 0x88);
   for (int64_t octet = 0; octet < packed->octets; ++octet) {
     const int64_t group = octet / packed->group_octets;
     const int64_t row_of_group = (octet - group * packed->group_octets) * kOctet;
     const int64_t row = group * packed->block_size + row_of_group;
     const int64_t rows = std::min(kOctet, packed->GroupRows(group) - row_of_group);
     for (int64_t strip = 0; strip < packed->strips; ++strip) {
-      uint8_t* target = packed->nibbles.data() + (strip * packed->octets + octet) * kOctetBytes;
+      uint8_t* target = packed->data.data() + strip * packed->strip_bytes() + octet * packed->octet_bytes();
       if (rows == kOctet && packed->n % 2 == 0 && (strip + 1) * kStrip <= packed->n) {
         PackWholeOctet(source, row, strip, target);
       } else {
@@ -69,15 +67,29 @@ void PackNibbles(const WeightSource& source, PackedWeights* packed) {
   }
 }
 
+// Rows of B at a time, so that both sides are walked in order.
+void PackBytes(const WeightSource& source, PackedWeights* packed) {
+  const auto* row = static_cast<const uint8_t*>(source.b);
+  for (int64_t k = 0; k < packed->k; ++k, row += packed->n) {
+    uint8_t* quad = packed->data.data() + k / 4 * kQuadBytes + k % 4;
+    for (int64_t strip = 0; strip < packed->strips; ++strip, quad += packed->strip_bytes()) {
+      const int64_t channels = std::min(kStrip, packed->n - strip * kStrip);
+      for (int64_t c = 0; c < channels; ++c) quad[4 * c] = row[strip * kStrip + c] ^ 0x80;
+    }
+  }
+}
+
+// Sums of B over each group.
 void PackSums(PackedWeights* packed) {
   packed->sum.assign(static_cast<size_t>(packed->strips * packed->groups * kStrip), 0);
   for (int64_t strip = 0; strip < packed->strips; ++strip) {
-    const uint8_t* data = packed->StripNibbles(strip);
+    const uint8_t* data = packed->StripData(strip);
     for (int64_t g = 0; g < packed->groups; ++g) {
       int32_t* sum = packed->sum.data() + (strip * packed->groups + g) * kStrip;
-      for (int64_t octet = 0; octet < packed->GroupOctets(g); ++octet, data += kOctetBytes) {
-        for (int64_t i = 0; i < kOctetBytes; ++i) {
-          sum[i / 4] += (data[i] & 15) + (data[i] >> 4) - 2 * kWeightOffset;
+      for (int64_t octet = 0; octet < packed->GroupOctets(g); ++octet, data += packed->octet_bytes()) {
+        for (int64_t i = 0; i < kQuadBytes; ++i) {
+          const int both = packed->bits == 4 ? (data[i] & 15) + (data[i] >> 4) : data[i] + data[kQuadBytes + i];
+          sum[i / 4] += both - 2 * packed->offset();
         }
       }
     }
@@ -123,7 +135,7 @@ void PackScales(const WeightSource& source, PackedWeights* packed) {
 }  // namespace
 
 size_t PackedWeights::bytes() const {
-  return nibbles.size() + scale.size() * sizeof(float) + multiple.size() + sum.size() * sizeof(int32_t);
+  return data.size() + scale.size() * sizeof(float) + multiple.size() + sum.size() * sizeof(int32_t);
 }
 
 bool ScaleMultiples(const float* scale, int64_t groups, int64_t max_multiple, float* base, int8_t* multiple) {
@@ -158,14 +170,21 @@ bool ScaleMultiples(const float* scale, int64_t groups, int64_t max_multiple, fl
 
 PackedWeights Pack(const WeightSource& source) {
   PackedWeights packed;
+  packed.bits = source.bits;
   packed.k = source.k;
   packed.n = source.n;
   packed.block_size = source.block_size;
   packed.groups = CeilDiv(source.k, source.block_size);
   packed.strips = CeilDiv(source.n, kStrip);
-  packed.group_octets = CeilDiv(source.block_size, kOctet);
+  packed.group_octets = packed.GroupOctets(0);
   packed.octets = (packed.groups - 1) * packed.group_octets + packed.GroupOctets(packed.groups - 1);
-  PackNibbles(source, &packed);
+  // Zero weights fill channels beyond N and rows beyond a group.
+  packed.data.assign(static_cast<size_t>(packed.strips * packed.strip_bytes()), source.bits == 4 ? 0x88 : 0x80);
+  if (source.bits == 4) {
+    PackNibbles(source, &packed);
+  } else {
+    PackBytes(source, &packed);
+  }
   packed.structured = source.scale_max_multiple > 0 && source.k <= LargestStructuredK(source.scale_max_multiple) &&
                       PackStructuredScales(source, &packed);
   if (!packed.structured) PackScales(source, &packed);

@@ -64,9 +64,9 @@ class W4A8MatMulKernel {
     const Ort::ConstValue a = context.GetInput(kInputA);
     const Ort::ConstValue a_scale = context.GetInput(kInputAScale);
     const Ort::ConstValue a_zero_point = context.GetInput(kInputAZeroPoint);
-    const W4A8MatMulCall shapes = W4A8MatMulCall::Check(node_, a.GetTensorTypeAndShapeInfo().GetShape(),
-                                                        a_scale.GetTensorTypeAndShapeInfo().GetShape(),
-                                                        a_zero_point.GetTensorTypeAndShapeInfo().GetShape());
+    const MatMulShapes shapes = MatMulShapes::Check(node_, a.GetTensorTypeAndShapeInfo().GetShape(),
+                                                    a_scale.GetTensorTypeAndShapeInfo().GetShape(),
+                                                    a_zero_point.GetTensorTypeAndShapeInfo().GetShape());
     Ort::UnownedValue y = context.GetOutput(0, shapes.shape);
     if (shapes.rows == 0) return;
     MatMulCall call;

@@ -17,7 +17,7 @@
 #include "amx_emulation.h"
 #include "cpu/element.h"
 #include "cpu/isa.h"
-#include "cpu/w4a8_gemm.h"
+#include "cpu/packed_gemm.h"
 
 namespace fptq::cpu {
 namespace {
@@ -52,6 +52,7 @@ Parallel ThreadPool() {
 }
 
 struct Problem {
+  int bits;
   int64_t m, k, n, block;
   ElementType type;
   int zero_point;
@@ -59,7 +60,7 @@ struct Problem {
   int max_multiple;  // 0: free float scales
   std::vector<uint8_t> a;
   std::vector<int> b;           // [k, n]
-  std::vector<uint8_t> packed;  // int4
+  std::vector<uint8_t> stored;  // as in the file
   std::vector<float> a_scale;
   std::vector<float> scale;  // [groups, n], exact in `type`
   std::vector<uint8_t> scale_bytes;
@@ -68,25 +69,33 @@ struct Problem {
   size_t element_bytes() const { return type == ElementType::kFloat32 ? 4 : 2; }
   std::string text() const {
     char buffer[160];
-    std::snprintf(buffer, sizeof(buffer), "m=%d k=%d n=%d block=%d type=%d zero_point=%d per_token=%d multiple=%d",
+    std::snprintf(buffer, sizeof(buffer),
+                  "bits=%d m=%d k=%d n=%d block=%d type=%d zero_point=%d per_token=%d multiple=%d", bits,
                   static_cast<int>(m), static_cast<int>(k), static_cast<int>(n), static_cast<int>(block),
                   static_cast<int>(type), zero_point, per_token, max_multiple);
     return buffer;
   }
 };
 
-Problem RandomProblem(Random& random, int64_t m, int64_t k, int64_t n, int64_t block, ElementType type, int zero_point,
-                      int max_multiple) {
-  Problem p{m, k, n, block, type, zero_point, Uniform(random, 0, 1) == 1, max_multiple, {}, {}, {}, {}, {}, {}};
+Problem RandomProblem(Random& random, int bits, int64_t m, int64_t k, int64_t n, int64_t block, ElementType type,
+                      int zero_point, int max_multiple) {
+  Problem p{bits, m, k, n, block, type, zero_point, Uniform(random, 0, 1) == 1, max_multiple, {}, {}, {}, {}, {}, {}};
   const int extreme = static_cast<int>(Uniform(random, 0, 4));  // sometimes all operands at the ends of their ranges
   for (int64_t i = 0; i < m * k; ++i) {
     p.a.push_back(static_cast<uint8_t>(extreme == 0 ? 255 * Uniform(random, 0, 1) : Uniform(random, 0, 255)));
   }
-  p.packed.assign(static_cast<size_t>((k * n + 1) / 2), 0);
+  p.stored.assign(static_cast<size_t>((k * n * bits + 7) / 8), 0);
+  const int levels = 1 << bits;
   for (int64_t i = 0; i < k * n; ++i) {
-    const int value = static_cast<int>(extreme == 0 ? 15 * Uniform(random, 0, 1) - 8 : Uniform(random, -8, 7));
+    const int level =
+        static_cast<int>(extreme == 0 ? (levels - 1) * Uniform(random, 0, 1) : Uniform(random, 0, levels - 1));
+    const int value = level - levels / 2;
     p.b.push_back(value);
-    p.packed[static_cast<size_t>(i / 2)] |= static_cast<uint8_t>((value & 15) << (i % 2 * 4));
+    if (bits == 8) {
+      p.stored[static_cast<size_t>(i)] = static_cast<uint8_t>(value);
+    } else {
+      p.stored[static_cast<size_t>(i / 2)] |= static_cast<uint8_t>((value & 15) << (i % 2 * 4));
+    }
   }
   for (int64_t i = 0; i < (p.per_token ? m : 1); ++i) {
     p.a_scale.push_back(static_cast<float>(Uniform(random, 1, 1000)) / 4096.0f);
@@ -99,6 +108,7 @@ Problem RandomProblem(Random& random, int64_t m, int64_t k, int64_t n, int64_t b
     if (max_multiple > 0) {
       value = base[static_cast<size_t>(i % n)] * static_cast<float>(Uniform(random, -max_multiple, max_multiple));
     }
+    if (bits == 8) value /= 512.0f;  // results that fit float16
     StoreElement(p.scale_bytes.data(), type, i, value);
     p.scale.push_back(LoadElement(p.scale_bytes.data(), type, i));
   }
@@ -107,19 +117,20 @@ Problem RandomProblem(Random& random, int64_t m, int64_t k, int64_t n, int64_t b
 
 std::vector<uint8_t> RunGemm(const Problem& p, const Kernels& kernels, const Parallel& parallel) {
   WeightSource source;
+  source.bits = p.bits;
   source.k = p.k;
   source.n = p.n;
   source.block_size = p.block;
-  source.b = p.packed.data();
+  source.b = p.stored.data();
   source.b_scale = p.scale_bytes.data();
   source.type = p.type;
   source.scale_max_multiple = p.max_multiple;
   source.zero_point_is_128 = p.zero_point == kActivationOffset;
-  const W4A8Gemm gemm(source, kernels);
+  const PackedGemm gemm(source, kernels);
   CHECK(gemm.weights().structured == (p.max_multiple > 0), "%s", p.text().c_str());
   std::vector<uint8_t> y(static_cast<size_t>(p.m * p.n) * p.element_bytes(), 0xaa);
   std::vector<char> scratch(gemm.ScratchBytes(p.m));
-  W4A8Gemm::Call call;
+  PackedGemm::Call call;
   call.a = p.a.data();
   call.rows = p.m;
   call.a_scale = p.a_scale.data();
@@ -197,13 +208,17 @@ void TestGemm(Random& random, const Kernels& kernels, int problems) {
     const auto type = static_cast<ElementType>(Uniform(random, 0, 2));
     const int zero_point = i % 2 == 0 ? 128 : static_cast<int>(Uniform(random, 0, 255));
     const int max_multiple = i % 3 == 0 ? static_cast<int>(Uniform(random, 1, 15)) : 0;
-    const Problem p = RandomProblem(random, m, k, n, block, type, zero_point, max_multiple);
+    const Problem p = RandomProblem(random, 4, m, k, n, block, type, zero_point, max_multiple);
     CheckGemm(p, kernels);
     CheckExactIntegers(random, p, kernels);
+    const Problem bytes = RandomProblem(random, 8, m, k, n, k, type, zero_point, 0);
+    CheckGemm(bytes, kernels);
+    CheckExactIntegers(random, bytes, kernels);
   }
   // More rows than one panel.
-  CheckGemm(RandomProblem(random, 300, 72, 40, 32, ElementType::kFloat32, 128, 0), kernels);
-  CheckGemm(RandomProblem(random, 300, 72, 40, 32, ElementType::kFloat32, 3, 15), kernels);
+  CheckGemm(RandomProblem(random, 4, 300, 72, 40, 32, ElementType::kFloat32, 128, 0), kernels);
+  CheckGemm(RandomProblem(random, 4, 300, 72, 40, 32, ElementType::kFloat32, 3, 15), kernels);
+  CheckGemm(RandomProblem(random, 8, 300, 1100, 40, 1100, ElementType::kFloat32, 3, 0), kernels);
 }
 
 void TestQuantize(Random& random, const Kernels& kernels, int problems) {

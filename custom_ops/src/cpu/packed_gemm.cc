@@ -1,4 +1,4 @@
-#include "cpu/w4a8_gemm.h"
+#include "cpu/packed_gemm.h"
 
 #include <algorithm>
 
@@ -12,19 +12,19 @@ constexpr int64_t kSmallWork = 1 << 18;  // multiply-adds that are not worth a s
 // A task's weights should stay in a second-level cache while its rows pass, and with few rows be worth a dispatch.
 int64_t StripsPerTask(const PackedWeights& w, int64_t rows) {
   const int64_t bytes = rows <= 16 ? 64 << 10 : 256 << 10;
-  const int64_t strips = bytes / (w.octets * kOctetBytes);
+  const int64_t strips = bytes / (w.strip_bytes());
   return std::min<int64_t>(std::max<int64_t>(strips / 4 * 4, 4), 16);
 }
 
 }  // namespace
 
-size_t W4A8Gemm::ScratchBytes(int64_t rows) const {
+size_t PackedGemm::ScratchBytes(int64_t rows) const {
   const int64_t panel = std::min(rows, kPanelRows);
   const int64_t sums = panel * weights_.groups * static_cast<int64_t>(sizeof(int32_t));
   return static_cast<size_t>(RoundUp(panel, kTileRows) * weights_.a_stride() + sums + 2 * kAlignment);
 }
 
-void W4A8Gemm::Run(const Call& call, const Parallel& parallel) const {
+void PackedGemm::Run(const Call& call, const Parallel& parallel) const {
   const PackedWeights& w = weights_;
   const auto address = RoundUp(reinterpret_cast<intptr_t>(call.scratch), kAlignment);
   auto* prepared = reinterpret_cast<int8_t*>(address);

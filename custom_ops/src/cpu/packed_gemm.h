@@ -1,6 +1,6 @@
-// W4A8 matrix product on the CPU, free of onnxruntime.
-#ifndef FPTQ_CPU_W4A8_GEMM_H_
-#define FPTQ_CPU_W4A8_GEMM_H_
+// Product of uint8 activations and packed int4 or int8 weights on the CPU, free of onnxruntime.
+#ifndef FPTQ_CPU_PACKED_GEMM_H_
+#define FPTQ_CPU_PACKED_GEMM_H_
 
 #include <cstddef>
 #include <cstdint>
@@ -12,9 +12,9 @@
 namespace fptq::cpu {
 
 /// Packed weights and the kernels that read them. Immutable, so calls may run at the same time.
-class W4A8Gemm {
+class PackedGemm {
  public:
-  W4A8Gemm(const WeightSource& source, const Kernels& kernels)
+  PackedGemm(const WeightSource& source, const Kernels& kernels)
       : weights_(Pack(source)), type_(source.type), kernels_(kernels) {}
 
   /// Bytes of scratch that Run needs for `rows` rows.
@@ -41,4 +41,4 @@ class W4A8Gemm {
 
 }  // namespace fptq::cpu
 
-#endif  // FPTQ_CPU_W4A8_GEMM_H_
+#endif  // FPTQ_CPU_PACKED_GEMM_H_

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, cast, get_args
 import onnx_ir as ir
 
 from fptq_onnx.errors import ModelError, RuntimeUnavailableError
+from fptq_onnx.ops.inspection import explain_load_failure
 from fptq_onnx.ops.library import get_library_path, library_info
 
 if TYPE_CHECKING:
@@ -67,7 +68,11 @@ def session(
     for key, value in (config or {}).items():
         options.add_session_config_entry(key, value)
     if register_library:
-        options.register_custom_ops_library(str(get_library_path()))
+        library = get_library_path()
+        try:
+            options.register_custom_ops_library(str(library))
+        except Exception as error:  # onnxruntime's exceptions share no base class
+            raise RuntimeUnavailableError(str(library), *explain_load_failure(library, str(error))) from error
 
     if isinstance(model, ir.Model):
         with tempfile.TemporaryDirectory(prefix="fptq-onnx-") as folder:

@@ -38,6 +38,9 @@ struct Kernels {
   PrepareActivations prepare;
   QuantizeRows quantize;
   int64_t rows_per_task;  ///< of gemm: large enough to repay what it does once per call
+
+  const char* few_rows_name = nullptr;  ///< whose gemm takes calls of fewer rows than few_rows_below
+  int64_t few_rows_below = 0;
 };
 
 /// What the AMX kernels share with those for AVX512-VNNI (by name: a table read at load time would run an initializer).

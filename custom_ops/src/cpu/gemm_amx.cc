@@ -85,7 +85,8 @@ struct Tiles {
 
 }  // namespace
 
-const Kernels kAmxKernels = {"amx", Gemm, avx512vnni::PrepareRows, avx512vnni::QuantizeRows, kMaxPanelRows};
+const Kernels kAmxKernels = {"amx",        Gemm,     avx512vnni::PrepareRows, avx512vnni::QuantizeRows, kMaxPanelRows,
+                             "avx512vnni", kTileRows};
 
 }  // namespace fptq::cpu
 FPTQ_TARGET_END

@@ -34,6 +34,7 @@ ALLOWED = {
     "generation": {"errors", "graph", "evaluation", "genai"},
     "verification": {"errors", "progress", "graph", "ops", "calibration", "evaluation", "report", "runtime"},
     "export": {"errors", "progress", "graph"},
+    "packaging": {"errors", "graph", "ops"},
 }
 # These see everything but each other, in this order.
 LAST = ("convert", "fptq_onnx", "cli")
@@ -41,7 +42,7 @@ LAST = ("convert", "fptq_onnx", "cli")
 # The maths knows arrays only.
 FOREIGN_TO_MATHS = {"onnx", "onnx_ir", "onnxruntime", "onnxscript", "torch", "transformers"}
 # Extras: without them the rest must still import.
-OPTIONAL = {"onnxruntime", "onnxruntime_genai", "torch", "transformers", "gguf", "matplotlib", "jinja2"}
+OPTIONAL = {"onnxruntime", "onnxruntime_genai", "torch", "transformers", "gguf", "matplotlib", "jinja2", "tritonclient"}
 
 
 def _name(path: Path) -> str:

@@ -12,6 +12,7 @@ for _command in (
     "evaluate",
     "export",
     "generate",
+    "package",
 ):
     importlib.import_module(f"fptq_onnx.cli.{_command}")
 

@@ -1,0 +1,1 @@
+"""Model folders for servers: Triton Inference Server."""

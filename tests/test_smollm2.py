@@ -30,11 +30,12 @@ WINDOWS = 8
 RECIPE = Recipe.load("paper", {"weights.grid": "signed8", "calibration.windows": WINDOWS})
 
 # Runs one model file with the library and through its function bodies, with nothing but numpy and onnxruntime.
+# Prints the number of outputs, the largest relative error and how many values differ at all.
 _BOTH_WAYS = """
 import sys
 import numpy as np
 import onnxruntime as ort
-folder, library = sys.argv[1:]
+model, feeds, library = sys.argv[1:]
 results = []
 for path in (library, None):
     options = ort.SessionOptions()
@@ -42,10 +43,10 @@ for path in (library, None):
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
     if path:
         options.register_custom_ops_library(path)
-    session = ort.InferenceSession(folder + "/layers.onnx", options, providers=["CPUExecutionProvider"])
-    results.append(session.run(None, dict(np.load(folder + "/feeds.npz"))))
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    results.append(session.run(None, dict(np.load(feeds))))
 worst = max(np.linalg.norm(kernel - body) / np.linalg.norm(kernel) for kernel, body in zip(*results))
-print(len(results[0]), worst)
+print(len(results[0]), worst, sum(np.sum(kernel != body) for kernel, body in zip(*results)))
 """
 
 
@@ -122,10 +123,37 @@ def test_every_layer_computes_the_same_through_its_function_body(
     graph.outputs[:] = [node.outputs[0] for node in matmuls]
     onnx_ir.passes.common.RemoveUnusedNodesPass()(model)
     save_model(model, tmp_path / "layers.onnx")
-    command = [python_with(version), "-c", _BOTH_WAYS, tmp_path, fptq_onnx.get_library_path()]
-    count, worst = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-    assert int(count) == 210
-    assert float(worst) < 1e-4
+    count, worst, _ = _both_ways(version, tmp_path / "layers.onnx", tmp_path / "feeds.npz")
+    assert count == 210
+    assert worst < 1e-4
+
+
+@pytest.fixture(scope="module")
+def integer_scales(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2 with integer-structured scales, static and per-token activations."""
+    target = tmp_path_factory.mktemp("integer") / "model.onnx"
+    recipe = RECIPE.with_overrides({"weights.scales": "integer", "calibration.windows": 2})
+    report = fptq_onnx.convert(
+        real_model.smollm2("dynamo"), target, calibration=real_model.calibration_text(), recipe=recipe, verify_tokens=0
+    )
+    assert {"static", "per-token"} < report.schemes().keys()
+    return target
+
+
+@pytest.mark.parametrize("version", ["1.23.2", "1.32.0"])
+def test_integer_scales_give_the_same_logits_through_function_bodies(
+    version: str, integer_scales: Path, tmp_path: Path
+) -> None:
+    """The whole network, bit for bit: what one order of operations and integer sums are worth."""
+    ids = np.random.default_rng(1).integers(0, 40_000, (1, 128))
+    np.savez(tmp_path / "feeds.npz", **describe_inputs(load_model(integer_scales)).feeds(ids))
+    assert _both_ways(version, integer_scales, tmp_path / "feeds.npz") == (1, 0, 0)
+
+
+def _both_ways(version: str, model: Path, feeds: Path) -> tuple[int, float, int]:
+    command = [python_with(version), "-c", _BOTH_WAYS, model, feeds, fptq_onnx.get_library_path()]
+    count, worst, different = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    return int(count), float(worst), int(different)
 
 
 def _values(model: ir.Model, names: list[str]) -> dict[str, np.ndarray]:

@@ -13,14 +13,17 @@ BODY_OPSET = 21
 """ONNX opset of the bodies, and the least a model with these ops may declare: DequantizeLinear is blocked since 21."""
 
 
-def function_from_text(body: str) -> ir.Function:
+def function_from_text(body: str, *, overload: str = "") -> ir.Function:
     """Parse one function of the domain from ONNX's textual syntax.
 
     Args:
         body: Name, attributes, signature and nodes, without the leading ``<domain, opset_import>`` block.
+        overload: Tells apart several bodies of one op (ONNX IR 10); nodes name it too.
 
     Returns:
         The function in the domain :data:`DOMAIN`, on opset :data:`BODY_OPSET`.
     """
     header = f'<domain: "{DOMAIN}", opset_import: ["" : {BODY_OPSET}]>\n'
-    return ir.serde.deserialize_function(onnx.parser.parse_function(header + body))
+    function = onnx.parser.parse_function(header + body)
+    function.overload = overload
+    return ir.serde.deserialize_function(function)

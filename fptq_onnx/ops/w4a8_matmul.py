@@ -19,7 +19,15 @@ scales are base * i with integers |i| <= m, which lets kernels stay in integers 
 
 from __future__ import annotations
 
-__all__ = ["NAME", "function", "group_sums", "reference", "w4a8_matmul"]
+__all__ = [
+    "INTEGER_SCALES",
+    "NAME",
+    "function",
+    "group_sums",
+    "integer_scales_function",
+    "reference",
+    "w4a8_matmul",
+]
 
 import numpy as np
 import numpy.typing as npt
@@ -29,10 +37,13 @@ from fptq_onnx.ops.domain import DOMAIN, function_from_text
 
 NAME = "W4A8MatMul"
 
+INTEGER_SCALES = "integer_scales"
+"""Overload of nodes whose ``scale_max_multiple`` is not 0: the same op, with a function body that stays in integers."""
+
 # The product is float32 for every T: CPU and CUDA providers have float32 kernels for all of these, float16 and bfloat16
 # differ by version. At optimisation level EXTENDED and above onnxruntime turns DequantizeLinear + MatMul into its own
 # MatMulNBits; the session entry "session.qdq_matmulnbits_accuracy_level" = "0" keeps the numerics written here.
-_BODY = f"""
+_FLOAT_BODY = f"""
 {NAME} <block_size, scale_max_multiple: int = 0> (A, a_scale, a_zero_point, B, b_scale) => (Y)
 {{
   scale = Cast <to = 1> (b_scale)
@@ -46,10 +57,74 @@ _BODY = f"""
 }}
 """
 
+# base[n] = max_g |b_scale| / d, d the smallest integer for which all scales of the column are exact multiples (the rule
+# of the kernels, include/fptq/integer_scales.h); a column without one comes out as NaN. What leads to `weight` depends
+# on constants only, so onnxruntime computes it once, at session creation. The rest has one order of operations and
+# integer sums: every runtime and every kernel of the op library gives the same bits. Weights are uint8 around 128,
+# because onnxruntime's uint8 x int8 products saturate on CPUs without VNNI. (onnx's ReferenceEvaluator cannot tell
+# overloads apart: it runs models whose nodes are all of one kind.)
+_INTEGER_BODY = f"""
+{NAME} <block_size, scale_max_multiple: int = 0> (A, a_scale, a_zero_point, B, b_scale) => (Y)
+{{
+  scale = Cast <to = 1> (b_scale)
+  magnitude = Abs (scale)
+  first_axis = Constant <value = int64[1] {{0}}> ()
+  second_axis = Constant <value = int64[1] {{1}}> ()
+  peak = ReduceMax <keepdims = 1> (magnitude, first_axis)
+  nothing = Constant <value = float {{0}}> ()
+  unit = Constant <value = float {{1}}> ()
+  silent = Equal (peak, nothing)
+  largest = Where (silent, unit, peak)
+  divisors = Constant <value = float[15, 1, 1] {{1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}}> ()
+  bases = Div (largest, divisors)
+  ratios = Div (scale, bases)
+  integers = Round (ratios)
+  products = Mul (integers, bases)
+  equal = Equal (products, scale)
+  equal_groups = Cast <to = 1> (equal)
+  equal_columns = ReduceMin <keepdims = 1> (equal_groups, second_axis)
+  exact = Cast <to = 9> (equal_columns)
+  too_large = Constant <value = float {{16}}> ()
+  candidates = Where (exact, divisors, too_large)
+  divisor = ReduceMin <keepdims = 0> (candidates, first_axis)
+  structured = Less (divisor, too_large)
+  found = Div (largest, divisor)
+  none = Div (nothing, nothing)
+  base = Where (structured, found, none)
+  multiple_float = Div (scale, base)
+  multiple_rounded = Round (multiple_float)
+  multiple = Cast <to = 6> (multiple_rounded)
+  digits = Cast <to = 6> (B)
+  shape = Shape <start = 0, end = 1> (digits)
+  zero = Constant <value = int64 {{0}}> ()
+  one = Constant <value = int64 {{1}}> ()
+  k = Squeeze (shape)
+  rows = Range (zero, k, one)
+  block = Constant <value_int: int = @block_size> ()
+  group = Div (rows, block)
+  multiples = Gather (multiple, group)
+  signed = Mul (digits, multiples)
+  centre_int = Constant <value = int32 {{128}}> ()
+  shifted = Add (signed, centre_int)
+  weight = Cast <to = 2> (shifted)
+  centre = Constant <value = uint8 {{128}}> ()
+  sum = MatMulInteger (A, weight, a_zero_point, centre)
+  sum_float = Cast <to = 1> (sum)
+  product = Mul (sum_float, base)
+  scaled = Mul (product, a_scale)
+  Y = CastLike (scaled, b_scale)
+}}
+"""
+
 
 def function() -> ir.Function:
     """Return the op as a function of standard ONNX operators, for runtimes without the op library."""
-    return function_from_text(_BODY)
+    return function_from_text(_FLOAT_BODY)
+
+
+def integer_scales_function() -> ir.Function:
+    """Return the op's overload for integer-structured scales: bit for bit what the kernels compute."""
+    return function_from_text(_INTEGER_BODY, overload=INTEGER_SCALES)
 
 
 def w4a8_matmul(
@@ -73,6 +148,7 @@ def w4a8_matmul(
         [a, a_scale, a_zero_point, b, b_scale],
         attributes={"block_size": block_size, "scale_max_multiple": scale_max_multiple},
         domain=DOMAIN,
+        overload=INTEGER_SCALES if scale_max_multiple else "",
         name=name,
     )
     output = node.outputs[0]

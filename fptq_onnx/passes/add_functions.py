@@ -10,10 +10,12 @@ from fptq_onnx.ops import DOMAIN, VERSION, dynamic_quantize_per_token, w4a8_matm
 
 __all__ = ["AddFunctionsPass"]
 
-FUNCTIONS: dict[str, Callable[[], ir.Function]] = {
-    dynamic_quantize_per_token.NAME: dynamic_quantize_per_token.function,
-    w4a8_matmul.NAME: w4a8_matmul.function,
-    w8a8_matmul.NAME: w8a8_matmul.function,
+# By name and overload.
+FUNCTIONS: dict[tuple[str, str], Callable[[], ir.Function]] = {
+    (dynamic_quantize_per_token.NAME, ""): dynamic_quantize_per_token.function,
+    (w4a8_matmul.NAME, ""): w4a8_matmul.function,
+    (w4a8_matmul.NAME, w4a8_matmul.INTEGER_SCALES): w4a8_matmul.integer_scales_function,
+    (w8a8_matmul.NAME, ""): w8a8_matmul.function,
 }
 
 
@@ -25,10 +27,10 @@ class AddFunctionsPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Add what is used and not there yet."""
-        used = {node.op_type for node in model.graph if node.domain == DOMAIN}
+        used = {(node.op_type, node.overload) for node in model.graph if node.domain == DOMAIN}
         modified = False
-        for name in sorted(used):
-            function = FUNCTIONS[name]()
+        for op in sorted(used):
+            function = FUNCTIONS[op]()
             if function.identifier() not in model.functions:
                 model.functions[function.identifier()] = function
                 modified = True

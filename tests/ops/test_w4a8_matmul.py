@@ -95,6 +95,46 @@ def test_function_body_agrees_with_the_kernel(k: int, n: int, block: int, dtype:
     np.testing.assert_allclose(body.astype(np.float64), kernel.astype(np.float64), rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("k", "n", "block"), [(64, 32, 32), (256, 48, 128), (256, 16, 256), (100, 37, 32), (7, 3, 7), (20, 5, 1)]
+)
+def test_function_body_of_integer_scales_gives_the_bits_of_the_kernel(
+    k: int, n: int, block: int, dtype: str, level: str
+) -> None:
+    """Sums over all of K stay integers, and what follows has one order: nothing is left to differ."""
+    rng = np.random.default_rng(k + n)
+    problem = op_models.random_problem(rng, [2, 3], k, n, block, dtype)
+    scale = _integer_scales(rng, -(-k // block), n, dtype)
+    model = op_models.matmul_model(problem["b"], scale, block, zero_point=77, scale_max_multiple=15)
+    feeds = {"A": problem["a"], "a_scale": problem["a_scale"]}
+    (kernel,) = op_models.run(model, feeds)
+    (body,) = op_models.run(model, feeds, library=False, level=LEVELS[level])
+    np.testing.assert_array_equal(body, kernel)
+    assert np.abs(kernel.astype(np.float64)).max() > 0
+
+
+def test_function_body_refuses_what_is_not_integer_structured() -> None:
+    """A column that breaks the promise of the attribute is NaN, not nearly right; the others are not touched."""
+    rng = np.random.default_rng(3)
+    problem = op_models.random_problem(rng, [4], 64, 6, 32, "float32")
+    scale = _integer_scales(rng, 2, 6, "float32")
+    scale[:, 2] = 1.0, np.pi
+    scale[:, 4] = 0.0
+    model = op_models.matmul_model(problem["b"], scale, 32, scale_max_multiple=15)
+    (y,) = op_models.run(model, {"A": problem["a"], "a_scale": problem["a_scale"]}, library=False)
+    assert np.isnan(y[:, 2]).all() and not np.isnan(np.delete(y, 2, axis=1)).any()
+    np.testing.assert_array_equal(y[:, 4], 0)
+
+
+def _integer_scales(rng: np.random.Generator, groups: int, n: int, dtype: str) -> np.ndarray:
+    """base[n] * i, |i| in 1..15, with bases of few bits so that all products are exact in any of the types."""
+    multiple = rng.integers(1, 16, (groups, n)) * rng.choice([-1, 1], (groups, n))
+    base = np.ldexp(rng.integers(8, 16, n), rng.integers(-9, -4, n))
+    return (base * multiple).astype(op_models.DTYPES[dtype].numpy())
+
+
 @pytest.mark.parametrize("library", [True, False], ids=["kernel", "body"])
 @pytest.mark.parametrize("rows", [[], [0], [2, 0, 3], [1], [2, 1, 3]])
 def test_leading_dimensions(rows: list[int], library: bool) -> None:
@@ -283,11 +323,14 @@ def test_node_builder_sets_type_and_shape() -> None:
     onnx.checker.check_model(op_models.ir.serde.serialize_model(model), full_check=True)
 
 
-def test_reference_evaluator_runs_the_function() -> None:
+@pytest.mark.parametrize("multiple", [0, 15], ids=["float scales", "integer scales"])
+def test_reference_evaluator_runs_the_function(multiple: int) -> None:
     """A tool that knows only standard ONNX gets the same numbers."""
-    problem = op_models.random_problem(np.random.default_rng(1), [3], 50, 6, 16, "float32")
-    model = op_models.matmul_model(problem["b"], problem["b_scale"], 16, zero_point=3)
+    rng = np.random.default_rng(1)
+    problem = op_models.random_problem(rng, [3], 50, 6, 16, "float32")
+    scale = _integer_scales(rng, 4, 6, "float32") if multiple else problem["b_scale"]
+    model = op_models.matmul_model(problem["b"], scale, 16, zero_point=3, scale_max_multiple=multiple)
     evaluator = ReferenceEvaluator(op_models.ir.serde.serialize_model(model))
     (y,) = evaluator.run(None, {"A": problem["a"], "a_scale": problem["a_scale"]})
-    expected = w4a8_matmul.reference(problem["a"], problem["a_scale"], 3, problem["b"], problem["b_scale"], 16)
+    expected = w4a8_matmul.reference(problem["a"], problem["a_scale"], 3, problem["b"], scale, 16)
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-3)

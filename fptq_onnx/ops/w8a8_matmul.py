@@ -31,10 +31,17 @@ from fptq_onnx.ops.domain import DOMAIN, function_from_text
 
 NAME = "W8A8MatMul"
 
+# The weight becomes uint8 around 128, once, at session creation: onnxruntime's uint8 x int8 products saturate on CPUs
+# without VNNI.
 _BODY = f"""
 {NAME} (A, a_scale, a_zero_point, B, b_scale) => (Y)
 {{
-  integers = MatMulInteger (A, B, a_zero_point)
+  digits = Cast <to = 6> (B)
+  centre_int = Constant <value = int32 {{128}}> ()
+  shifted = Add (digits, centre_int)
+  weight = Cast <to = 2> (shifted)
+  centre = Constant <value = uint8 {{128}}> ()
+  integers = MatMulInteger (A, weight, a_zero_point, centre)
   sums = Cast <to = 1> (integers)
   scale = Cast <to = 1> (b_scale)
   product = Mul (sums, scale)

@@ -17,6 +17,7 @@ import onnx_ir.passes.common
 
 from fptq_onnx.calibration.calibration import Calibration
 from fptq_onnx.errors import ModelError, NothingQuantizedError, RecipeError, VerificationError
+from fptq_onnx.genai.folder import accepting_folders
 from fptq_onnx.graph.activation_groups import ActivationGroup, group_by_activation
 from fptq_onnx.graph.linears import LinearLayer, LinearSearch, find_linears
 from fptq_onnx.graph.model_file import load_model, save_model
@@ -56,6 +57,7 @@ def default_output(model: Path) -> Path:
     return model.with_name(f"{model.stem}.fptq.onnx")
 
 
+@accepting_folders
 def convert(
     model: str | os.PathLike[str],
     output: str | os.PathLike[str] | None = None,
@@ -77,8 +79,9 @@ def convert(
     The input file is never changed. The output appears whole or not at all; its report lies beside it.
 
     Args:
-        model: The float model.
-        output: Where to write the quantized model; `model.fptq.onnx` beside the input by default.
+        model: The float model, or a model folder of onnxruntime-genai.
+        output: Where to write the quantized model; `model.fptq.onnx` beside the input by default. For a folder the
+            folder to write, see `fptq_onnx.genai.folder.convert_folder`.
         calibration: A text file (needs a tokenizer), an .npz file of feeds, an onnxruntime CalibrationDataReader, an
             iterable of feeds, or None for random tokens (data-free, FPTQ).
         tokenizer: tokenizer.json for a text; the one beside the model by default.

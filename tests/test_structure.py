@@ -30,7 +30,7 @@ ALLOWED = {
     "planning": {"graph", "quantization", "recipe"},
     "quantizing": {"errors", "graph", "quantization", "recipe", "calibration", "passes", "planning"},
     "evaluation": {"errors", "progress", "graph", "calibration", "runtime"},
-    "genai": {"errors", "ops", "report"},
+    "genai": {"errors", "graph", "ops", "report"},
     "generation": {"errors", "graph", "evaluation", "genai"},
     "verification": {"errors", "progress", "graph", "ops", "calibration", "evaluation", "report", "runtime"},
     "export": {"errors", "progress", "graph"},

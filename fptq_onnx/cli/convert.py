@@ -30,10 +30,14 @@ class OutputFormat(StrEnum):
 @app.command()
 @reporting_errors
 def convert(
-    model: Annotated[Path, typer.Argument(help="Float ONNX model.", show_default=False)],
+    model: Annotated[
+        Path, typer.Argument(help="Float ONNX model, or a model folder of onnxruntime-genai.", show_default=False)
+    ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Quantized model. \\[default: MODEL.fptq.onnx]", show_default=False),
+        typer.Option(
+            "--output", "-o", help="Quantized model or folder. \\[default: MODEL.fptq.onnx]", show_default=False
+        ),
     ] = None,
     calibration: Annotated[
         Path | None,

@@ -8,12 +8,13 @@ __all__ = [
     "VERSION",
     "LibraryInfo",
     "dynamic_quantize_per_token",
+    "fused_quantize",
     "get_library_path",
     "library_info",
     "w4a8_matmul",
     "w8a8_matmul",
 ]
 
-from fptq_onnx.ops import dynamic_quantize_per_token, w4a8_matmul, w8a8_matmul
+from fptq_onnx.ops import dynamic_quantize_per_token, fused_quantize, w4a8_matmul, w8a8_matmul
 from fptq_onnx.ops.domain import BODY_OPSET, DOMAIN, VERSION
 from fptq_onnx.ops.library import LibraryInfo, get_library_path, library_info

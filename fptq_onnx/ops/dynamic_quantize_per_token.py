@@ -7,7 +7,7 @@ or infinity gets scale NaN and Y = 128, so that whatever is computed from it is 
 
 from __future__ import annotations
 
-__all__ = ["NAME", "ZERO_POINT", "dynamic_quantize_per_token", "function", "reference"]
+__all__ = ["BODY_STEPS", "NAME", "ZERO_POINT", "dynamic_quantize_per_token", "function", "reference"]
 
 import numpy as np
 import numpy.typing as npt
@@ -18,12 +18,9 @@ from fptq_onnx.ops.domain import DOMAIN, function_from_text
 NAME = "DynamicQuantizePerToken"
 ZERO_POINT = 128
 
-# X * 0 is NaN exactly where X is not finite, so its row sum tells rows that hold NaN or infinity. onnxruntime's
+# x * 0 is NaN exactly where x is not finite, so its row sum tells rows that hold NaN or infinity. onnxruntime's
 # reductions of an empty [0, K] give [0, K] instead of [0, 1]; the Slice, otherwise without effect, repairs that.
-_BODY = f"""
-{NAME} (X) => (Y, scale)
-{{
-  x = Cast <to = 1> (X)
+BODY_STEPS = """
   last = Constant <value_ints = [-1]> ()
   start = Constant <value_ints = [0]> ()
   end = Constant <value_ints = [1]> ()
@@ -49,6 +46,14 @@ _BODY = f"""
   clipped = Clip (usable, smallest, largest)
   shifted = Add (clipped, zero_point)
   Y = Cast <to = 2> (shifted)
+"""
+"""Nodes of a function body that compute Y and scale from float32 x."""
+
+_BODY = f"""
+{NAME} (X) => (Y, scale)
+{{
+  x = Cast <to = 1> (X)
+{BODY_STEPS}
 }}
 """
 

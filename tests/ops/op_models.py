@@ -43,10 +43,16 @@ def available_kernels() -> list[str]:
     return str(refused.value).split("Use one of: ")[1].split(".")[0].split(", ")
 
 
-def _model(nodes: Sequence[ir.Node], inputs: Sequence[ir.Value], initializers: Sequence[ir.Value]) -> ir.Model:
+def model_of(
+    nodes: Sequence[ir.Node],
+    inputs: Sequence[ir.Value],
+    initializers: Sequence[ir.Value],
+    outputs: Sequence[ir.Value] | None = None,
+) -> ir.Model:
+    """A model of a few nodes; the outputs are by default those of the last."""
     graph = ir.Graph(
         inputs,
-        nodes[-1].outputs,
+        nodes[-1].outputs if outputs is None else outputs,
         nodes=nodes,
         initializers=initializers,
         opset_imports={"": ops.BODY_OPSET, ops.DOMAIN: ops.VERSION},
@@ -106,7 +112,7 @@ def matmul_model(
     node = ops.w4a8_matmul.w4a8_matmul(
         a, a_scale, *initializers, block_size=block_size, scale_max_multiple=scale_max_multiple, name="the_node"
     )
-    return _model(_readable(_named(node, "Y")), [a, a_scale], initializers)
+    return model_of(_readable(_named(node, "Y")), [a, a_scale], initializers)
 
 
 def int8_matmul_model(
@@ -126,7 +132,7 @@ def int8_matmul_model(
         constant("b_scale", b_scale),
     ]
     node = ops.w8a8_matmul.w8a8_matmul(a, a_scale, *initializers, name="the_node")
-    return _model(_readable(_named(node, "Y")), [a, a_scale], initializers)
+    return model_of(_readable(_named(node, "Y")), [a, a_scale], initializers)
 
 
 def quantize_model(dtype: str, shape: Sequence[int | str | None] | None = None) -> ir.Model:
@@ -140,7 +146,7 @@ def quantize_model(dtype: str, shape: Sequence[int | str | None] | None = None) 
         nodes.append(cast)
         source = cast.outputs[0]
     nodes.append(_named(ops.dynamic_quantize_per_token.dynamic_quantize_per_token(source, name="q"), "Y", "scale"))
-    return _model(nodes, [x], [])
+    return model_of(nodes, [x], [])
 
 
 def run(

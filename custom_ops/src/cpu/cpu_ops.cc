@@ -9,27 +9,14 @@
 #include "common/dynamic_quantize_per_token_schema.h"
 #include "common/w4a8_matmul_schema.h"
 #include "common/w8a8_matmul_schema.h"
+#include "cpu/fused_ops.h"
 #include "cpu/isa.h"
+#include "cpu/kernel_context.h"
 #include "cpu/mapped_memory.h"
 #include "cpu/packed_gemm.h"
 
 namespace fptq::cpu {
 namespace {
-
-constexpr char kProvider[] = "CPUExecutionProvider";
-
-constexpr ElementType ElementOf(ONNXTensorElementDataType type) {
-  return type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT     ? ElementType::kFloat32
-         : type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 ? ElementType::kFloat16
-                                                         : ElementType::kBFloat16;
-}
-
-// The session's intra-op pool.
-Parallel PoolOf(const Ort::KernelContext& context) {
-  return {&context, [](const void* pool, void (*function)(void*, size_t), size_t tasks, void* data) {
-            static_cast<const Ort::KernelContext*>(pool)->ParallelFor(function, tasks, 0, data);
-          }};
-}
 
 // Scratch memory from the session's arena.
 class Scratch {
@@ -147,7 +134,7 @@ class DynamicQuantizePerTokenKernel {
     auto* scale = context.GetOutput(1, shapes.scale_shape).GetTensorMutableData<float>();
     const auto* data = static_cast<const char*>(x.GetTensorRawData());
     constexpr int64_t kBytes = kType == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT ? 4 : 2;
-    const int64_t rows_per_task = std::max<int64_t>(1, kElementsPerTask / shapes.k);
+    const int64_t rows_per_task = RowsPerTask(shapes.k);
     PoolOf(context).For(CeilDiv(shapes.rows, rows_per_task), [&](int64_t task) {
       const int64_t row = task * rows_per_task;
       const int64_t rows = std::min(rows_per_task, shapes.rows - row);
@@ -157,8 +144,6 @@ class DynamicQuantizePerTokenKernel {
   }
 
  private:
-  static constexpr int64_t kElementsPerTask = 1 << 15;
-
   NodeLocation location_;
   const Kernels& kernels_;
 };
@@ -167,6 +152,7 @@ template <ONNXTensorElementDataType kType>
 void AddOps(OpRegistry& registry) {
   registry.Add<W4A8MatMulOp<MatMulKernel<W4A8MatMulNode, kType>, kType>>();
   registry.Add<W8A8MatMulOp<MatMulKernel<W8A8MatMulNode, kType>, kType>>();
+  AddFusedOps<kType>(registry);
   registry.Add<DynamicQuantizePerTokenOp<DynamicQuantizePerTokenKernel<kType>, kType>>();
 }
 

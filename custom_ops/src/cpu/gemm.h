@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "cpu/fused_quantize.h"
 #include "cpu/packed_weights.h"
 
 namespace fptq::cpu {
@@ -37,6 +38,8 @@ struct Kernels {
   GemmTile gemm;
   PrepareActivations prepare;
   QuantizeRows quantize;
+  NormFunction norm;
+  SiluMulFunction silu_mul;
   int64_t rows_per_task;  ///< of gemm: large enough to repay what it does once per call
 
   const char* few_rows_name = nullptr;  ///< whose gemm takes calls of fewer rows than few_rows_below
@@ -48,6 +51,8 @@ namespace avx512vnni {
 void GemmRows(const GemmCall& call, int64_t row_begin, int64_t row_end, int64_t strip_begin, int64_t strip_end);
 void PrepareRows(const PackedWeights& weights, const uint8_t* a, int64_t rows, int8_t* prepared, int32_t* a_sum);
 void QuantizeRows(const void* x, ElementType type, int64_t rows, int64_t k, uint8_t* y, float* scale);
+void NormRows(const NormCall& call, int64_t begin, int64_t end, float* buffer);
+void SiluMulRows(const SiluMulCall& call, int64_t begin, int64_t end, float* buffer);
 }  // namespace avx512vnni
 
 extern const Kernels kPortableKernels;

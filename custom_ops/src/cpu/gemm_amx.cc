@@ -85,8 +85,15 @@ struct Tiles {
 
 }  // namespace
 
-const Kernels kAmxKernels = {"amx",        Gemm,     avx512vnni::PrepareRows, avx512vnni::QuantizeRows, kMaxPanelRows,
-                             "avx512vnni", kTileRows};
+const Kernels kAmxKernels = {"amx",
+                             Gemm,
+                             avx512vnni::PrepareRows,
+                             avx512vnni::QuantizeRows,
+                             avx512vnni::NormRows,
+                             avx512vnni::SiluMulRows,
+                             kMaxPanelRows,
+                             "avx512vnni",
+                             kTileRows};
 
 }  // namespace fptq::cpu
 FPTQ_TARGET_END

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "cpu/element.h"
+#include "cpu/fused_quantize.h"
 #include "cpu/gemm.h"
 #include "cpu/gemm_portable.h"
 #include "cpu/target.h"
@@ -40,7 +41,7 @@ inline __m256i DotQuads(__m256i acc, __m256i low, __m256i high, __m256i first, _
 
 }  // namespace
 
-const Kernels kAvx2Kernels = {"avx2", Gemm, Prepare, Quantize, 64};
+const Kernels kAvx2Kernels = {"avx2", Gemm, Prepare, Quantize, NormRows, SiluMulRows, 64};
 
 }  // namespace fptq::cpu
 FPTQ_TARGET_END

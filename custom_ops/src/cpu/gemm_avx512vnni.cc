@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "cpu/element.h"
+#include "cpu/fused_quantize.h"
 #include "cpu/gemm.h"
 #include "cpu/gemm_portable.h"
 #include "cpu/target.h"
@@ -63,6 +64,33 @@ struct V {
   static Float Multiply(Float a, Float b) { return _mm512_mul_ps(a, b); }
   static Float Divide(Float a, Float b) { return _mm512_div_ps(a, b); }
   static Float MultiplyAdd(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+  static Float Add(Float a, Float b) { return _mm512_add_ps(a, b); }
+  static Float Negate(Float a) { return _mm512_xor_ps(a, SetFloat(-0.0f)); }
+  static Float RoundEven(Float a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  // NaN gives `low`.
+  static Float Clip(Float a, float low, float high) {
+    return _mm512_min_ps(_mm512_max_ps(a, SetFloat(low)), SetFloat(high));
+  }
+  // 2^n of whole n in -127..127; -127 gives 0.
+  static Float PowerOfTwo(Float n) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), Set(127)), 23));
+  }
+
+  struct Squares {
+    __m512d half[2];
+  };
+  static Squares NoSquares() { return {{_mm512_setzero_pd(), _mm512_setzero_pd()}}; }
+  static void AddSquares(Squares& sum, Float a) {
+    const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(a));
+    const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(a, 1));
+    sum.half[0] = _mm512_fmadd_pd(low, low, sum.half[0]);
+    sum.half[1] = _mm512_fmadd_pd(high, high, sum.half[1]);
+  }
+  static void Store(double* lane, const Squares& sum) {
+    _mm512_store_pd(lane, sum.half[0]);
+    _mm512_store_pd(lane + 8, sum.half[1]);
+  }
+
   static Int MagnitudeBits(Float a) { return _mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7fffffff)); }
 
   static void Store(void* y, ElementType type, int64_t index, Float value, int count) {
@@ -98,6 +126,12 @@ struct V {
     const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_add_epi32(q, Set(kActivationOffset)));
     _mm_mask_storeu_epi8(y, FirstLanes(count), bytes);
   }
+  // round(ratio) + zero_point, clipped to 0..255.
+  static void StoreStatic(Float ratio, uint8_t zero_point, uint8_t* y, int count) {
+    const float low = -static_cast<float>(zero_point);
+    const Int q = _mm512_cvtps_epi32(Clip(ratio, low, 255.0f + low));
+    _mm_mask_storeu_epi8(y, FirstLanes(count), _mm512_cvtepi32_epi8(_mm512_add_epi32(q, Set(zero_point))));
+  }
 };
 
 #include "cpu/gemm_x86.inc"
@@ -118,9 +152,17 @@ void QuantizeRows(const void* x, ElementType type, int64_t rows, int64_t k, uint
   Quantize(x, type, rows, k, y, scale);
 }
 
+void NormRows(const NormCall& call, int64_t begin, int64_t end, float* buffer) {
+  cpu::NormRows(call, begin, end, buffer);
+}
+
+void SiluMulRows(const SiluMulCall& call, int64_t begin, int64_t end, float* buffer) {
+  cpu::SiluMulRows(call, begin, end, buffer);
+}
+
 }  // namespace avx512vnni
 
-const Kernels kAvx512VnniKernels = {"avx512vnni", Gemm, Prepare, Quantize, 96};
+const Kernels kAvx512VnniKernels = {"avx512vnni", Gemm, Prepare, Quantize, NormRows, SiluMulRows, 96};
 
 }  // namespace fptq::cpu
 FPTQ_TARGET_END

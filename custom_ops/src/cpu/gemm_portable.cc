@@ -84,6 +84,7 @@ void Prepare(const PackedWeights& w, const uint8_t* a, int64_t rows, int8_t* pre
 
 namespace fptq::cpu {
 
-const Kernels kPortableKernels = {"portable", portable::Gemm, portable::Prepare, portable::Quantize, 64};
+const Kernels kPortableKernels = {
+    "portable", portable::Gemm, portable::Prepare, portable::Quantize, portable::NormRows, portable::SiluMulRows, 64};
 
 }  // namespace fptq::cpu

@@ -56,8 +56,9 @@ struct Tiles {
 
 }  // namespace
 
-const Kernels kEmulatedAmxKernels = {"amx (emulated tiles)", Gemm, avx512vnni::PrepareRows, avx512vnni::QuantizeRows,
-                                     kMaxPanelRows};
+const Kernels kEmulatedAmxKernels = {
+    "amx (emulated tiles)",  Gemm,         avx512vnni::PrepareRows, avx512vnni::QuantizeRows, avx512vnni::NormRows,
+    avx512vnni::SiluMulRows, kMaxPanelRows};
 
 }  // namespace fptq::cpu
 FPTQ_TARGET_END

@@ -18,25 +18,11 @@
 #include "cpu/element.h"
 #include "cpu/isa.h"
 #include "cpu/packed_gemm.h"
+#include "fused_quantize_test.h"
+#include "test_support.h"
 
 namespace fptq::cpu {
 namespace {
-
-#define CHECK(condition, ...)                                                     \
-  do {                                                                            \
-    if (!(condition)) {                                                           \
-      std::fprintf(stderr, "%s:%d: %s failed: ", __FILE__, __LINE__, #condition); \
-      std::fprintf(stderr, __VA_ARGS__);                                          \
-      std::fputc('\n', stderr);                                                   \
-      std::exit(1);                                                               \
-    }                                                                             \
-  } while (false)
-
-using Random = std::mt19937_64;
-
-int64_t Uniform(Random& random, int64_t low, int64_t high) {
-  return low + static_cast<int64_t>(random() % static_cast<uint64_t>(high - low + 1));
-}
 
 // A pool of threads that live for one loop.
 Parallel ThreadPool() {
@@ -313,15 +299,11 @@ int main(int argc, char** argv) {
   TestElements();
   TestScaleMultiples();
   TestChoice();
-  std::vector<const Kernels*> all = AvailableKernels();
-#if defined(__x86_64__)
-  const auto has_avx512 = [](const Kernels* kernels) { return kernels == &kAvx512VnniKernels; };
-  if (std::any_of(all.begin(), all.end(), has_avx512)) all.push_back(&kEmulatedAmxKernels);
-#endif
-  for (const Kernels* kernels : all) {
+  for (const Kernels* kernels : TestedKernels()) {
     Random random(7);
     TestGemm(random, *kernels, problems);
     TestQuantize(random, *kernels, problems);
+    TestFusedQuantize(random, *kernels, problems);
     std::printf("%s: %d random products and %d quantizations are exact\n", kernels->name, problems, problems);
   }
   return 0;

@@ -1,0 +1,34 @@
+// What the CPU kernels ask of onnxruntime.
+#ifndef FPTQ_CPU_KERNEL_CONTEXT_H_
+#define FPTQ_CPU_KERNEL_CONTEXT_H_
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cpu/element.h"
+#include "cpu/parallel.h"
+#include "onnxruntime_cxx_api.h"
+
+namespace fptq::cpu {
+
+inline constexpr char kProvider[] = "CPUExecutionProvider";
+
+constexpr ElementType ElementOf(ONNXTensorElementDataType type) {
+  return type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT     ? ElementType::kFloat32
+         : type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 ? ElementType::kFloat16
+                                                         : ElementType::kBFloat16;
+}
+
+/// The session's intra-op pool.
+inline Parallel PoolOf(const Ort::KernelContext& context) {
+  return {&context, [](const void* pool, void (*function)(void*, size_t), size_t tasks, void* data) {
+            static_cast<const Ort::KernelContext*>(pool)->ParallelFor(function, tasks, 0, data);
+          }};
+}
+
+/// Rows of k values that are worth a dispatch, for work that passes over them once or twice.
+inline int64_t RowsPerTask(int64_t k) { return std::max<int64_t>(1, (int64_t{1} << 15) / k); }
+
+}  // namespace fptq::cpu
+
+#endif  // FPTQ_CPU_KERNEL_CONTEXT_H_

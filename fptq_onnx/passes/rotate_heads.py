@@ -13,13 +13,12 @@ from fptq_onnx.graph.heads import HeadTarget, find_value_heads
 from fptq_onnx.graph.linears import find_linears
 from fptq_onnx.graph.residual import RotationRefusedError
 from fptq_onnx.passes.weights import Float32, Transform, replace_constant, replace_weight
-from fptq_onnx.quantization.rotate import random_rotation, rotate_head_inputs, rotate_head_outputs
+from fptq_onnx.quantization.rotate import Rotation, random_rotation, rotate_head_inputs, rotate_head_outputs
 
 __all__ = ["HeadRotation", "RotateHeadsPass"]
 
 logger = logging.getLogger(__name__)
 
-Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 
 
@@ -93,7 +92,7 @@ class RotateHeadsPass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, True)
 
 
-def _value(part: HeadTarget, rotation: Float64) -> Transform:
+def _value(part: HeadTarget, rotation: Rotation) -> Transform:
     """Rotate the entries of each head along the target's axis."""
     axis, entries = part.target.axis, part.entries.reshape(-1)
 
@@ -107,7 +106,7 @@ def _value(part: HeadTarget, rotation: Float64) -> Transform:
     return rotated
 
 
-def _output(rows: Int64, rotation: Float64) -> Transform:
+def _output(rows: Int64, rotation: Rotation) -> Transform:
     """Undo it in the rows that read each head."""
     order = rows.reshape(-1)
 

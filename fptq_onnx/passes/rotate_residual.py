@@ -14,7 +14,7 @@ from fptq_onnx.graph.linears import LinearLayer, find_linears
 from fptq_onnx.graph.residual import ResidualStream, RotationRefusedError, find_residual_stream
 from fptq_onnx.passes.editing import add_constant
 from fptq_onnx.passes.weights import Float32, Transform, replace_constant, replace_weight
-from fptq_onnx.quantization.rotate import random_rotation, rotate_inputs, rotate_outputs
+from fptq_onnx.quantization.rotate import Rotation, random_rotation, rotate_inputs, rotate_outputs
 
 __all__ = ["ResidualRotation", "RotateResidualPass"]
 
@@ -94,9 +94,9 @@ class RotateResidualPass(ir.passes.InPlacePass):
         nodes = []
         into_table = _rotate_table(graph, stream.start, rotation)
         if not into_table:
-            nodes.append(_multiply(graph, stream.start, rotation, dtype, "residual.rotate"))
+            nodes.append(_multiply(graph, stream.start, rotation.matrix, dtype, "residual.rotate"))
         end = _plain_sum(graph, stream.end)
-        nodes.append(_multiply(graph, end, np.ascontiguousarray(rotation.T), dtype, "residual.rotate_back"))
+        nodes.append(_multiply(graph, end, np.ascontiguousarray(rotation.matrix.T), dtype, "residual.rotate_back"))
         self.applied = ResidualRotation(
             stream.hidden,
             self._seed,
@@ -110,7 +110,7 @@ class RotateResidualPass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, True)
 
 
-def _rotate_layers(graph: ir.Graph, stream: ResidualStream, rotation: Float64) -> None:
+def _rotate_layers(graph: ir.Graph, stream: ResidualStream, rotation: Rotation) -> None:
     writers = set(stream.writers)
     reading = {reader.layer for reader in stream.readers}
     for layer, scale in stream.readers:
@@ -121,7 +121,7 @@ def _rotate_layers(graph: ir.Graph, stream: ResidualStream, rotation: Float64) -
             replace_weight(graph, layer, "rotated", lambda weight: rotate_outputs(weight, rotation))
 
 
-def _reading(layer: LinearLayer, rotation: Float64, scale: ir.Value | None, writes: bool) -> Transform:
+def _reading(layer: LinearLayer, rotation: Rotation, scale: ir.Value | None, writes: bool) -> Transform:
     """Q^T diag(gamma) W, and times Q for a layer that writes to the stream as well."""
     gamma = constant_array(scale)
     gamma = None if gamma is None else gamma.astype(np.float64).reshape(-1)
@@ -139,7 +139,7 @@ def _replace_by_ones(graph: ir.Graph, node: ir.Node, index: int) -> None:
     value.const_value = ir.tensor(value.const_value.numpy(), name=value.name)  # no need to hold on to the old weight
 
 
-def _rotate_table(graph: ir.Graph, start: ir.Value, rotation: Float64) -> bool:
+def _rotate_table(graph: ir.Graph, start: ir.Value, rotation: Rotation) -> bool:
     """Rotate the embedding table if ``start`` is looked up in it and nobody else reads it."""
     lookup = start.producer()
     if lookup is None or lookup.op_type != "Gather" or lookup.domain != "" or lookup.attributes.get_int("axis", 0) != 0:

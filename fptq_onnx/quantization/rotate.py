@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -9,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 __all__ = [
+    "Rotation",
     "hadamard",
     "random_rotation",
     "rotate_head_inputs",
@@ -20,6 +23,13 @@ __all__ = [
 FloatArray = npt.NDArray[np.floating[Any]]
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
+
+# Up to here one matrix product is as fast as several by its factors.
+_LARGEST_DENSE = 1024
+# Above, up to 2^6 = 64 channels are mixed by one matrix product.
+_LARGEST_DOUBLINGS = 6
+# Entries that are held in float64 at a time.
+_CHUNK = 1 << 22
 
 
 def hadamard(order: int) -> Float64 | None:
@@ -72,23 +82,96 @@ def _is_prime(value: int) -> bool:
     return value > 1 and all(value % d for d in range(2, int(value**0.5) + 1))
 
 
-def random_rotation(size: int, seed: int) -> Float64:
-    """An orthogonal matrix [size, size]: a Hadamard matrix with random row signs (QuIP#, QuaRot), scaled to norm 1.
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """An orthogonal matrix Q = diag(signs) (F_1 x F_2 x ...), x being the Kronecker product.
+
+    A product with it costs rows * size * (f_1 + f_2 + ...) multiplications instead of rows * size^2: 128 instead of
+    4096 per entry of a model of 4096 channels.
+
+    Attributes:
+        signs: float64 [size], the factor in front.
+        factors: float64 matrices [f, f], whose orders multiply to the size.
+    """
+
+    signs: Float64
+    factors: tuple[Float64, ...]
+
+    @property
+    def size(self) -> int:
+        """Order of the matrix."""
+        return int(self.signs.size)
+
+    @property
+    def matrix(self) -> Float64:
+        """Q itself, float64 [size, size]."""
+        product = np.ones((1, 1))
+        for factor in self.factors:
+            product = np.kron(product, factor).astype(np.float64)
+        signed: Float64 = self.signs[:, None] * product
+        return signed
+
+    def rotate_last(self, x: FloatArray) -> Float32:
+        """X Q over the last axis, computed in float64 a few rows at a time."""
+        rows = x.reshape(-1, self.size)
+        result = np.empty(rows.shape, np.float32)
+        for chunk in _chunks(*rows.shape):
+            result[chunk] = _last_axis(rows[chunk] * self.signs, self.factors)
+        return result.reshape(x.shape)
+
+    def rotate_first(self, x: FloatArray, gamma: Float64 | None = None) -> Float32:
+        """Q^T diag(gamma) X for X [size, N], computed in float64 a few columns at a time."""
+        scale: Float64 = self.signs if gamma is None else np.multiply(self.signs, gamma, dtype=np.float64)
+        result = np.empty(x.shape, np.float32)
+        for columns in _chunks(*x.shape[::-1]):
+            result[:, columns] = _last_axis(x[:, columns].T * scale, self.factors).T
+        return result
+
+
+def _chunks(count: int, size: int) -> Iterator[slice]:
+    step = max(1, _CHUNK // max(size, 1))
+    return (slice(start, start + step) for start in range(0, count, step))
+
+
+def _last_axis(rows: Float64, factors: Sequence[Float64]) -> Float64:
+    """Rows [n, f_1 * f_2 * ...] times the Kronecker product of the factors."""
+    n, size = rows.shape
+    for factor in reversed(factors):
+        # The axis of this factor comes last; behind all factors the axes are back in their order.
+        order = factor.shape[0]
+        product = rows.reshape(-1, order) @ factor
+        rows = np.ascontiguousarray(product.reshape(n, size // order, order).transpose(0, 2, 1))
+    return rows.reshape(n, size)
+
+
+def random_rotation(size: int, seed: int) -> Rotation:
+    """A random orthogonal matrix: a Hadamard matrix with random row signs (QuIP#, QuaRot), scaled to norm 1.
 
     Where no Hadamard matrix of the size is at hand, the Q of a Gaussian matrix's QR decomposition, which spreads
     outliers almost as well.
     """
     rng = np.random.default_rng(seed)
-    h = hadamard(size)
-    if h is not None:
-        h *= rng.choice([-1.0, 1.0], size)[:, None] / np.sqrt(size)
-        return h
+    factors = _hadamard_factors(size)
+    if factors is not None:
+        return Rotation(rng.choice([-1.0, 1.0], size) / np.sqrt(size), tuple(factors))
     q, r = np.linalg.qr(rng.standard_normal((size, size)))
-    oriented: Float64 = q * np.sign(np.diag(r))
-    return oriented
+    return Rotation(np.ones(size), (q * np.sign(np.diag(r)),))
 
 
-def rotate_inputs(weight: Float32, rotation: Float64, gamma: FloatArray | None = None) -> Float32:
+def _hadamard_factors(order: int) -> list[Float64] | None:
+    """Matrices whose Kronecker product is `hadamard(order)`: powers of two, then what Paley's constructions give."""
+    base = order
+    while order > _LARGEST_DENSE and base > 1 and base % 2 == 0 and _hadamard(base // 2) is not None:
+        base //= 2
+    doublings = (order // base).bit_length() - 1
+    parts = -(-doublings // _LARGEST_DOUBLINGS)
+    # Of about equal size: thin factors cost a pass over memory each and hardly any arithmetic.
+    orders = [2 ** (doublings // parts + (part < doublings % parts)) for part in range(parts)]
+    matrices = [hadamard(size) for size in ([*orders, base] if base > 1 or not orders else orders)]
+    return None if any(matrix is None for matrix in matrices) else [matrix for matrix in matrices if matrix is not None]
+
+
+def rotate_inputs(weight: Float32, rotation: Rotation, gamma: FloatArray | None = None) -> Float32:
     """Q^T diag(gamma) W: the weight that reads h Q instead of h * gamma.
 
     RMSNorm without its weight commutes with a rotation, RMS(h Q) = RMS(h) Q, so its weight gamma moves into the linear
@@ -96,43 +179,36 @@ def rotate_inputs(weight: Float32, rotation: Float64, gamma: FloatArray | None =
 
     Args:
         weight: float32 [K, N].
-        rotation: Orthogonal [K, K].
+        rotation: Of order K.
         gamma: [K], the norm weight to fold, or None.
     """
-    w = weight.astype(np.float64)
-    if gamma is not None:
-        w *= np.asarray(gamma, np.float64)[:, None]
-    rotated: Float32 = (rotation.T @ w).astype(np.float32)
-    return rotated
+    return rotation.rotate_first(weight, None if gamma is None else np.asarray(gamma, np.float64))
 
 
-def rotate_outputs(weight: Float32, rotation: Float64) -> Float32:
+def rotate_outputs(weight: Float32, rotation: Rotation) -> Float32:
     """W Q for a weight [K, N] (or an embedding table) that writes to the rotated stream; biases rotate alike."""
-    return (weight.astype(np.float64) @ rotation).astype(np.float32)
+    return rotation.rotate_last(weight)
 
 
-def unrotate(rotation: Float64, gamma: FloatArray) -> Float32:
+def unrotate(rotation: Rotation, gamma: FloatArray) -> Float32:
     """Q^T diag(gamma) [K, K]: takes the last norm of a rotated stream back to what the float model's head reads.
 
     With it a head that is tied to the embedding stays as it is: RMS(h Q) Q^T diag(gamma) = RMS(h) * gamma. The table
     likewise stays when its output is multiplied by Q. Both products together cost 2 K^2 against the K * vocabulary of
     the head.
     """
-    restored: Float32 = (rotation.T * np.asarray(gamma, np.float64)).astype(np.float32)
+    restored: Float32 = (rotation.matrix.T * np.asarray(gamma, np.float64)).astype(np.float32)
     return restored
 
 
-def rotate_head_outputs(weight: Float32, rotation: Float64) -> Float32:
-    """Rotate the columns of v_proj, [K, heads * d], head by head with one [d, d] rotation."""
+def rotate_head_outputs(weight: Float32, rotation: Rotation) -> Float32:
+    """Rotate the columns of v_proj, [K, heads * d], head by head with one rotation of order d."""
     k, n = weight.shape
-    d = rotation.shape[0]
-    heads = weight.astype(np.float64).reshape(k, n // d, d)
-    return (heads @ rotation).reshape(k, n).astype(np.float32)
+    return rotation.rotate_last(weight.reshape(k, n // rotation.size, rotation.size)).reshape(k, n)
 
 
-def rotate_head_inputs(weight: Float32, rotation: Float64) -> Float32:
+def rotate_head_inputs(weight: Float32, rotation: Rotation) -> Float32:
     """Undo `rotate_head_outputs` in the rows of o_proj, [heads * d, N]: attention mixes tokens, never channels."""
     k, n = weight.shape
-    d = rotation.shape[0]
-    heads = weight.astype(np.float64).reshape(k // d, d, n)
-    return (rotation.T @ heads).reshape(k, n).astype(np.float32)
+    heads = weight.reshape(k // rotation.size, rotation.size, n)
+    return np.stack([rotation.rotate_first(head) for head in heads]).reshape(k, n)

@@ -136,7 +136,7 @@ def test_weights_are_what_the_formulas_say() -> None:
     tiny = families.model("qwen2", families.DYNAMO)
     model, rotated = load_model(tiny.path), load_model(tiny.path)
     _rotate(rotated, seed=3)
-    q = random_rotation(families.HIDDEN, 3)
+    q = random_rotation(families.HIDDEN, 3).matrix
     before, after = find_linears(model).by_label(), find_linears(rotated).by_label()
     gamma = {norm.output: norm.weight.const_value.numpy() for norm in find_norms(model)}
     for label in ("block.1.q", "block.2.up"):

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fptq_onnx.quantization.rotate import (
@@ -30,15 +30,31 @@ def test_no_construction(order):
 
 @given(st.integers(1, 70), seeds)
 def test_rotations_are_orthogonal_and_repeatable(size, seed):
-    q = random_rotation(size, seed)
+    q = random_rotation(size, seed).matrix
     np.testing.assert_allclose(q @ q.T, np.eye(size), atol=1e-12)
-    np.testing.assert_array_equal(q, random_rotation(size, seed))
+    np.testing.assert_array_equal(q, random_rotation(size, seed).matrix)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 70) | st.sampled_from([576, 1152, 1280, 1536, 2048]), st.integers(1, 5), seeds)
+def test_products_by_factors_are_those_by_the_matrix(size, n, seed):
+    rotation, rng = random_rotation(size, seed), np.random.default_rng(seed)
+    x, gamma = rng.standard_normal((n, size)).astype(np.float32), rng.uniform(0.1, 3, size)
+    q = rotation.matrix
+    np.testing.assert_allclose(rotation.rotate_last(x), x @ q, atol=1e-5)
+    np.testing.assert_allclose(rotation.rotate_first(x.T, gamma), q.T @ (gamma[:, None] * x.T), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [12, 64, 576, 896, 1152, 1280, 2048])
+def test_the_matrix_is_the_hadamard_matrix_with_signs(size):
+    signs = np.random.default_rng(5).choice([-1.0, 1.0], size)
+    np.testing.assert_allclose(random_rotation(size, 5).matrix, signs[:, None] * hadamard(size) / np.sqrt(size))
 
 
 def test_an_outlier_channel_is_spread():
     h = np.random.default_rng(0).standard_normal((100, 576))
     h[:, 7] = 100
-    assert np.abs(h @ random_rotation(576, 0)).max() < 12
+    assert np.abs(h @ random_rotation(576, 0).matrix).max() < 12
 
 
 def rms_norm(x):
@@ -67,7 +83,7 @@ def test_a_residual_stream_in_rotated_coordinates_gives_the_same_answer(size, se
 def test_a_head_tied_to_the_embedding_stays_as_it_is(size, seed):
     rng = np.random.default_rng(seed)
     h, gamma, q = rng.standard_normal((5, size)), rng.uniform(0.1, 3, size), random_rotation(size, seed)
-    np.testing.assert_allclose(rms_norm(h @ q) @ unrotate(q, gamma), rms_norm(h) * gamma, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(rms_norm(h @ q.matrix) @ unrotate(q, gamma), rms_norm(h) * gamma, rtol=1e-5, atol=1e-5)
 
 
 @given(st.sampled_from([2, 3, 8]), st.integers(1, 4), seeds)

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from fptq_onnx.graph.activation_groups import ActivationGroup, group_by_activati
 from fptq_onnx.graph.linears import LinearLayer, LinearSearch, find_linears
 from fptq_onnx.graph.model_file import load_model, save_model
 from fptq_onnx.graph.opset import ensure_opset
+from fptq_onnx.graph.segments import find_segments
 from fptq_onnx.passes.add_functions import AddFunctionsPass
 from fptq_onnx.passes.apply_equalization import AppliedScale
 from fptq_onnx.passes.inline_functions import InlineFunctionsPass
@@ -32,7 +33,7 @@ from fptq_onnx.passes.to_w4a8 import ToW4A8Pass
 from fptq_onnx.planning import GroupDecision, decide_groups, make_plan, observed_groups
 from fptq_onnx.progress import Progress, SilentProgress
 from fptq_onnx.quantization.plan import LayerPlan, Plan
-from fptq_onnx.quantizing import equalize, equalized_statistics, input_moments, layer_quantization, rotate
+from fptq_onnx.quantizing import equalize, quantize_layers, rotate
 from fptq_onnx.recipe import Recipe
 from fptq_onnx.report import LayerReport, Report, SkippedReport, Stopwatch, peak_memory_bytes, versions
 from fptq_onnx.runtime import PROVIDERS, Provider, check_provider
@@ -72,6 +73,8 @@ def convert(
     verify_tokens: int = 2048,
     max_kl: float | None = None,
     provider: Provider = "cpu",
+    threads: int | None = None,
+    stop: Callable[[], bool] = lambda: False,
     progress: Progress | None = None,
 ) -> Report:
     """Quantize a float ONNX transformer to int4 weights and int8 activations (FPTQ, arXiv 2308.15987).
@@ -94,6 +97,8 @@ def convert(
         verify_tokens: Tokens of the calibration data to compare the saved model with the float one on; 0 skips it.
         max_kl: Largest mean KL divergence in nats per token; overrides the recipe's.
         provider: Where calibration and verification run.
+        threads: Threads of each session, onnxruntime's choice if None. The result is the same.
+        stop: Asked after each block whether to stop there; needs a work directory to go on from.
         progress: Told of the stages.
 
     Returns:
@@ -122,9 +127,10 @@ def convert(
         source,
         tokenizer,
         settings,
-        sample_tokens=verify_tokens,
         providers=PROVIDERS[provider],
+        threads=threads,
         progress=progress,
+        stop=stop,
     )
 
     with watch.stage("load"):
@@ -132,9 +138,12 @@ def convert(
         rotation = rotate(graph.model, settings)
         if rotation:
             graph = _Graph.find(graph.model, source)
+        data.open(graph.model)
     with watch.stage("calibrate"):
         groups = observed_groups(graph.groups, settings, edited)
-        statistics = data.observe(graph.model, [str(group.activation.name) for group in groups])
+        segments = find_segments(graph.model, graph.linears)
+        places = {str(group.activation.name): segments.of(group.layers[0]) for group in groups}
+        statistics = data.observe(graph.model, segments, places)
     with watch.stage("plan"):
         decisions = decide_groups(groups, statistics, settings, edited)
         made = make_plan(graph.linears.layers, decisions, settings)
@@ -153,25 +162,26 @@ def convert(
 
     with watch.stage("equalize"):
         applied = equalize(graph.model, decisions)
-        statistics = equalized_statistics(graph.model, statistics, applied, settings, data)
         equalized = graph.model.clone()
-    with watch.stage("observe moments"):
-        moments = input_moments(graph.model, decisions, entries, statistics, applied, settings, data)
+        # Equalization may have put nodes where the segments meet.
+        segments = find_segments(graph.model, find_linears(graph.model))
     with watch.stage("quantize"):
-        methods: dict[str, tuple[str, str]] = {}
-        quantization = layer_quantization(decisions, entries, statistics, moments, settings, methods)
-        _rewrite(graph.model, quantization, output_format, progress)
+        quantized = quantize_layers(
+            graph.model, segments, decisions, entries, statistics, applied, settings, data, progress
+        )
+        _rewrite(graph.model, quantized.layers, output_format)
         graph.model.metadata_props[RECIPE_KEY] = json.dumps(settings.resolved())
-        _complete_layers(report, graph.model, applied, methods, decisions)
+        _complete_layers(report, graph.model, applied, quantized.methods, decisions)
     with watch.stage("save"):
         report.bytes_after = _bytes(graph.model)
         save_model(graph.model, target)
     if verify_tokens:
+        sample = data.sample(verify_tokens)
         with watch.stage("verify"):
             report.verification = compare_models(
-                source, target, data.sample, data=report.calibration, max_kl=limit, provider=provider, progress=progress
+                source, target, sample, data=report.calibration, max_kl=limit, provider=provider, progress=progress
             )
-            noise = compare_layers(equalized, target, data.sample, provider=provider, progress=progress)
+            noise = compare_layers(equalized, target, sample, provider=provider, progress=progress)
             for layer in report.layers:
                 layer.snr_db = noise[layer.name]
     _finish(report, watch).save(target.with_suffix(".json"))
@@ -260,11 +270,8 @@ def _finish(report: Report, watch: Stopwatch) -> Report:
     return report
 
 
-def _rewrite(
-    model: ir.Model, quantization: Mapping[str, LayerQuantization], output_format: Format, progress: Progress
-) -> None:
-    with progress.stage("Quantizing", len(quantization)) as advance:
-        PASSES[output_format](quantization, on_layer=lambda name: advance(1))(model)
+def _rewrite(model: ir.Model, quantization: Mapping[str, LayerQuantization], output_format: Format) -> None:
+    PASSES[output_format](quantization)(model)
     AddFunctionsPass()(model)
     if output_format == "qdq":
         InlineFunctionsPass()(model)

@@ -9,7 +9,9 @@ __all__ = [
     "NothingQuantizedError",
     "RecipeError",
     "RuntimeUnavailableError",
+    "StoppedError",
     "VerificationError",
+    "WorkDirError",
 ]
 
 
@@ -48,6 +50,14 @@ class RuntimeUnavailableError(FptqError):
 
 class NothingQuantizedError(FptqError):
     """No layer of the model was quantized, so no output was written."""
+
+
+class WorkDirError(FptqError):
+    """A work directory is damaged, in use, or belongs to something else."""
+
+
+class StoppedError(FptqError):
+    """The work was stopped as asked; what is finished lies in the work directory, and the same call goes on there."""
 
 
 class VerificationError(FptqError):

@@ -6,15 +6,20 @@ import dataclasses
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
 from fptq_onnx.calibration.calibration import Calibration
-from fptq_onnx.calibration.moments import SplitMoments
+from fptq_onnx.calibration.moments import SecondMomentObserver, SplitMoments, passes_within
+from fptq_onnx.calibration.observers import Observer
+from fptq_onnx.calibration.walk import Walk, weights_in_memory
 from fptq_onnx.errors import ModelError
 from fptq_onnx.graph.linears import LinearLayer
+from fptq_onnx.graph.segments import Segment, Segmentation
 from fptq_onnx.passes.apply_equalization import AppliedScale, ApplyEqualizationPass
 from fptq_onnx.passes.replace_linears import (
     ActivationQuantizer,
@@ -25,6 +30,7 @@ from fptq_onnx.passes.replace_linears import (
 from fptq_onnx.passes.rotate_heads import RotateHeadsPass
 from fptq_onnx.passes.rotate_residual import RotateResidualPass
 from fptq_onnx.planning import GroupDecision
+from fptq_onnx.progress import Progress
 from fptq_onnx.quantization.int4 import QuantizedWeight, quantize_weight
 from fptq_onnx.quantization.plan import LayerPlan
 from fptq_onnx.quantization.policy import Scheme
@@ -32,8 +38,9 @@ from fptq_onnx.quantization.refine import refine
 from fptq_onnx.quantization.static_range import activation_qparams, static_bounds
 from fptq_onnx.quantization.statistics import ActivationStatistics
 from fptq_onnx.recipe import Recipe
+from fptq_onnx.storage.weights import StoredWeights
 
-__all__ = ["equalize", "equalized_statistics", "input_moments", "layer_quantization", "rotate"]
+__all__ = ["QuantizedLayers", "equalize", "quantize_layers", "rotate"]
 
 logger = logging.getLogger(__name__)
 
@@ -66,17 +73,10 @@ def equalize(model: ir.Model, decisions: Sequence[GroupDecision]) -> dict[str, A
     return equalization.applied
 
 
-def equalized_statistics(
-    model: ir.Model,
-    statistics: Mapping[str, ActivationStatistics],
-    applied: Mapping[str, AppliedScale],
-    settings: Recipe,
-    calibration: Calibration,
+def _divided(
+    statistics: Mapping[str, ActivationStatistics], applied: Mapping[str, AppliedScale]
 ) -> dict[str, ActivationStatistics]:
-    """Statistics of X / s by the name of X: exact from those of X, unless the range needs the new histogram."""
-    if settings.activations.static_range != "absmax" and applied:
-        fresh = calibration.observe(model, [scale.activation for scale in applied.values()])
-        return {**statistics, **{name: fresh[scale.activation] for name, scale in applied.items()}}
+    """Statistics of X / s by the name of X; the extremes exact from those of X, histogram and tokens those of X."""
     divided = {
         name: dataclasses.replace(
             statistics[name],
@@ -112,30 +112,17 @@ def _float_dtype(layer: LinearLayer) -> npt.DTypeLike:
     return numpy_dtype
 
 
-def input_moments(
-    model: ir.Model,
-    decisions: Sequence[GroupDecision],
-    entries: Mapping[str, LayerPlan],
-    statistics: Mapping[str, ActivationStatistics],
-    applied: Mapping[str, AppliedScale],
-    settings: Recipe,
-    calibration: Calibration,
-) -> dict[str, SplitMoments]:
-    """Second moments of the equalized model's activations, by their names before equalization; empty if not needed."""
-    methods = {entries[layer.name].weight_method for d in decisions for layer in d.group.layers} - {"float"}
-    if "weighted_clip" not in methods and not (methods and settings.weights.rounding == "gptq"):
-        return {}
-    values = {d.name: applied[d.name].activation if d.name in applied else d.name for d in decisions}
-    channels = {values[d.name]: d.group.k for d in decisions}
+def _token_caps(
+    statistics: Mapping[str, ActivationStatistics], applied: Mapping[str, AppliedScale], settings: Recipe
+) -> dict[str, float]:
+    """Largest magnitude at which a token still counts fully in the second moments, by activation name."""
     multiple = settings.weights.token_cap
-    caps = {
-        values[name]: math.inf
+    return {
+        name: math.inf
         if multiple == 0 or name in applied
         else multiple * float(np.median(statistics[name].token_absmax))
-        for name in values
+        for name in statistics
     }
-    found = calibration.moments(model, channels, caps)
-    return {name: found[value] for name, value in values.items()}
 
 
 def _weight(
@@ -173,37 +160,176 @@ def _weight(
     )
 
 
-def layer_quantization(
+@dataclasses.dataclass(frozen=True, eq=False)
+class QuantizedLayers:
+    """Everything the rewriting pass and the report need.
+
+    Attributes:
+        layers: Decisions for the pass, by node name.
+        methods: For each refined weight its method and the comparison behind it, by node name.
+    """
+
+    layers: dict[str, LayerQuantization]
+    methods: dict[str, tuple[str, str]]
+
+
+def quantize_layers(
+    model: ir.Model,
+    segments: Segmentation,
     decisions: Sequence[GroupDecision],
     entries: Mapping[str, LayerPlan],
     statistics: Mapping[str, ActivationStatistics],
-    moments: Mapping[str, SplitMoments],
+    applied: Mapping[str, AppliedScale],
     settings: Recipe,
-    methods: dict[str, tuple[str, str]],
-) -> dict[str, LayerQuantization]:
-    """What the rewriting pass needs, by node name; weights are quantized when the pass reaches them.
+    calibration: Calibration,
+    progress: Progress,
+) -> QuantizedLayers:
+    """Quantize the weights segment by segment; the second moments of one segment's inputs are in memory at a time.
 
     Args:
+        model: The equalized float model.
+        segments: How it is cut.
         decisions: What happens to each activation.
         entries: The plan by node name.
-        statistics: Of the equalized activations.
-        moments: From `input_moments`.
+        statistics: Of the activations before equalization.
+        applied: From `equalize`.
         settings: The recipe.
-        methods: Filled, once a weight is refined, with its method and the comparison behind it, by node name.
+        calibration: Carries the data through the segments that need it, and keeps what is finished.
+        progress: Told of each layer.
+
+    Raises:
+        ModelError: A weight cannot be quantized.
+        StoppedError: It was asked to stop; finished segments are kept.
     """
-    quantization = {}
+    work = _SegmentWork(entries, statistics, applied, settings, calibration)
+    by_segment: dict[int, list[GroupDecision]] = {segment.index: [] for segment in segments}
+    for decided in decisions:
+        by_segment[segments.of(decided.group.layers[0])].append(decided)
+    last = max((index for index, decided in by_segment.items() if work.needs_data(decided)), default=-1)
+    walk = calibration.walk(model, segments, "weights", last)
+    seen = _divided(statistics, applied)
+    methods: dict[str, tuple[str, str]] = {}
+    stored = StoredWeights(calibration.work)
+    count = sum(entries[layer.name].weight_method != "float" for d in decisions for layer in d.group.layers)
+    with progress.stage("Quantizing", count) as advance:
+        for segment in segments:
+            here, record = by_segment[segment.index], f"weights.{segment.index:04d}"
+            restored = stored.restore(record)
+            if restored is None:
+                if here or segment.index <= last:
+                    with weights_in_memory(model, segment):
+                        restored = work.do(walk, segment, here, segment.index <= last, stored, record)
+                else:
+                    restored = {}, {}
+            arrays, notes = restored
+            walk.done(segment)
+            methods |= {name: tuple(method) for name, method in notes.items()}
+            seen |= _unpack(arrays)
+            advance(sum(entries[layer.name].weight_method != "float" for d in here for layer in d.group.layers))
+            calibration.stop_if_asked(f"quantizing, {segment.label}")
+    layers = {}
     for decided in decisions:
         for layer in decided.group.layers:
             entry = entries[layer.name]
-            if not entry.is_quantized:
-                continue
+            if entry.is_quantized:
+                activation = _quantizer(entry.scheme, seen[decided.name], _float_dtype(layer), settings)
+                weight = None if entry.weight_method == "float" else partial(stored.get, layer.name)
+                layers[layer.name] = LayerQuantization(activation, weight)
+    return QuantizedLayers(layers, methods)
 
-            def weight(current: LinearLayer, entry: LayerPlan = entry, name: str = decided.name) -> QuantizedWeight:
+
+class _SegmentWork:
+    """What is done to one segment at a time."""
+
+    def __init__(
+        self,
+        entries: Mapping[str, LayerPlan],
+        statistics: Mapping[str, ActivationStatistics],
+        applied: Mapping[str, AppliedScale],
+        settings: Recipe,
+        calibration: Calibration,
+    ) -> None:
+        self._entries, self._applied, self._settings = entries, applied, settings
+        self._calibration = calibration
+        self._caps = _token_caps(statistics, applied, settings)
+
+    def needs_data(self, decisions: Sequence[GroupDecision]) -> bool:
+        """Whether activations of these groups have to be observed once more."""
+        return any(self._needs_moments(d) or self._needs_range(d) for d in decisions)
+
+    def do(
+        self,
+        walk: Walk,
+        segment: Segment,
+        decisions: Sequence[GroupDecision],
+        runs: bool,
+        stored: StoredWeights,
+        record: str,
+    ) -> tuple[dict[str, npt.NDArray[Any]], dict[str, tuple[str, str]]]:
+        """Observe a segment, quantize its weights and store them; the arrays and notes as `StoredWeights` has them."""
+        ranges = {d.name: self._calibration.observer(self._value(d)) for d in decisions if self._needs_range(d)}
+        channels = {d.name: d.group.k for d in decisions if self._needs_moments(d)}
+        budget = int(self._settings.calibration.moments_gib * 2**30)
+        passes = list(passes_within(channels, budget)) or [[]]
+        methods: dict[str, tuple[str, str]] = {}
+        weights: dict[str, QuantizedWeight] = {}
+        for number, names in enumerate(passes):
+            moments = {
+                d.name: SecondMomentObserver(self._value(d), d.group.k, self._caps[d.name])
+                for d in decisions
+                if d.name in names
+            }
+            if runs:
+                observers: list[Observer] = [*(ranges.values() if number == 0 else ()), *moments.values()]
+                walk.run(segment, observers, carry=number == 0)
+            for decided in decisions:
+                if decided.name in moments:
+                    self._quantize(decided, moments.pop(decided.name).moments, weights, methods)
+        for decided in decisions:
+            if decided.name not in channels:
+                self._quantize(decided, None, weights, methods)
+        arrays = _pack({name: observer.statistics for name, observer in ranges.items()})
+        stored.put(record, weights, arrays, methods)
+        return arrays, methods
+
+    def _quantize(
+        self,
+        decided: GroupDecision,
+        moments: SplitMoments | None,
+        weights: dict[str, QuantizedWeight],
+        methods: dict[str, tuple[str, str]],
+    ) -> None:
+        """Quantize the weights that read one activation into `weights`."""
+        for layer in decided.group.layers:
+            entry = self._entries[layer.name]
+            if entry.is_quantized and entry.weight_method != "float":
                 try:
-                    return _weight(current, entry, moments.get(name), settings, methods)
+                    weights[layer.name] = _weight(layer, entry, moments, self._settings, methods)
                 except ModelError as error:
-                    raise ModelError(f"weight of {entry.label} ({current.name})", error.reason, error.fix) from error
+                    raise ModelError(f"weight of {entry.label} ({layer.name})", error.reason, error.fix) from error
 
-            activation = _quantizer(entry.scheme, statistics[decided.name], _float_dtype(layer), settings)
-            quantization[layer.name] = LayerQuantization(activation, None if entry.weight_method == "float" else weight)
-    return quantization
+    def _value(self, decided: GroupDecision) -> str:
+        """Name of the activation that the layers read now."""
+        return self._applied[decided.name].activation if decided.name in self._applied else decided.name
+
+    def _needs_range(self, decided: GroupDecision) -> bool:
+        """The extremes of X / s follow from those of X; a clip range needs the histogram of X / s."""
+        return decided.name in self._applied and self._settings.activations.static_range != "absmax"
+
+    def _needs_moments(self, decided: GroupDecision) -> bool:
+        methods = {self._entries[layer.name].weight_method for layer in decided.group.layers} - {"float"}
+        return "weighted_clip" in methods or bool(methods and self._settings.weights.rounding == "gptq")
+
+
+def _pack(statistics: Mapping[str, ActivationStatistics]) -> dict[str, npt.NDArray[Any]]:
+    return {
+        f"also.{name}/{field}": array for name, found in statistics.items() for field, array in found.to_dict().items()
+    }
+
+
+def _unpack(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, ActivationStatistics]:
+    fields: dict[str, dict[str, npt.NDArray[Any]]] = {}
+    for key, array in arrays.items():
+        name, _, field = key.removeprefix("also.").rpartition("/")
+        fields.setdefault(name, {})[field] = array
+    return {name: ActivationStatistics.from_dict(found) for name, found in fields.items()}

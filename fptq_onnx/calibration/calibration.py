@@ -1,10 +1,12 @@
-"""The calibration of one conversion: opens the data, observes a model as often as asked, keeps a sample for later."""
+"""The calibration of one conversion: opens the data, and carries them through a model as often as asked."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,21 @@ import onnx_ir as ir
 
 from fptq_onnx.calibration.data import CalibrationData, calibration_data
 from fptq_onnx.calibration.memory_session import memory_session
-from fptq_onnx.calibration.moments import SecondMomentObserver, SplitMoments, passes_within
-from fptq_onnx.calibration.runner import calibrate, observe
+from fptq_onnx.calibration.observers import StatisticsObserver, TokenGroup
 from fptq_onnx.calibration.tokens import find_tokenizer
-from fptq_onnx.graph.feeds import describe_inputs
+from fptq_onnx.calibration.walk import Walk
+from fptq_onnx.errors import StoppedError
+from fptq_onnx.graph.feeds import ModelInputs, describe_inputs
+from fptq_onnx.graph.segments import Segmentation
 from fptq_onnx.progress import Progress
 from fptq_onnx.quantization.statistics import ActivationStatistics
 from fptq_onnx.recipe import Recipe
+from fptq_onnx.storage.states import States
+from fptq_onnx.storage.work_dir import WorkDir
 
 __all__ = ["Batch", "Calibration"]
+
+logger = logging.getLogger(__name__)
 
 Batch = Mapping[str, npt.NDArray[Any]]
 
@@ -31,17 +39,19 @@ class Calibration:
     """Data and settings of one conversion.
 
     Args:
-        source: What `calibration_data` opens: a text or .npz path, a reader, an iterable of feeds, or None.
+        source: What `calibration_data` opens: a text or .npz path, a reader, an iterable of feeds, or None. The data
+            are read once per segment of the model, so what can be read only once is kept in memory.
         model_path: Where the model came from; a tokenizer.json beside it reads a text.
         tokenizer: Another tokenizer.
         recipe: Windows, length, seed, and the leading tokens to leave out.
-        sample_tokens: Tokens to keep for the verification.
         providers: Execution providers.
+        threads: Intra-op threads, onnxruntime's choice if None.
         progress: Told of each batch.
+        stop: Asked after each segment whether to stop there.
 
     Attributes:
-        data: The data in use, once a model was observed.
-        sample: The first batches, as fed.
+        data: The data in use, once `open` was called.
+        work: Where finished segments are kept; None keeps them in memory.
     """
 
     def __init__(
@@ -51,96 +61,148 @@ class Calibration:
         tokenizer: str | os.PathLike[str] | None,
         recipe: Recipe,
         *,
-        sample_tokens: int,
         providers: Sequence[str],
+        threads: int | None = None,
         progress: Progress,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """Open nothing yet."""
         self._source = source
         self._tokenizer = tokenizer or find_tokenizer(model_path)
         self._recipe = recipe
-        self._sample_tokens = sample_tokens
         self._providers = providers
+        self._threads = threads
         self._progress = progress
+        self._stop = stop
+        self._inputs = ModelInputs(())
         self.data: CalibrationData | None = None
-        self.sample: list[Batch] = []
+        self.work: WorkDir | None = None
 
-    def observe(self, model: ir.Model, activations: Sequence[str]) -> dict[str, ActivationStatistics]:
-        """Statistics of activations by name; leading tokens are left out as the recipe says.
+    def open(self, model: ir.Model) -> None:
+        """Open the data for a model.
 
         Raises:
             CalibrationError: The data are missing, empty or do not fit the model.
         """
-        observed = calibrate(
-            model,
-            activations,
-            self._batches(model),
-            leading_tokens=self._recipe.activations.leading_tokens,
-            providers=self._providers,
-            progress=self._progress,
+        self._inputs = describe_inputs(model)
+        data = calibration_data(
+            self._source,
+            self._inputs,
+            tokenizer=self._tokenizer,
+            windows=self._recipe.calibration.windows,
+            length=self._recipe.calibration.length,
+            seed=self._recipe.calibration.seed,
         )
-        return {name: activation.rest for name, activation in observed.items()}
-
-    def moments(
-        self, model: ir.Model, channels: Mapping[str, int], caps: Mapping[str, float]
-    ) -> dict[str, SplitMoments]:
-        """Second moments of activations by name, in as many passes over the data as the recipe's memory demands.
-
-        Args:
-            model: The model that the weights to be quantized belong to.
-            channels: Activation name -> K.
-            caps: Activation name -> the largest magnitude at which a token still counts fully.
-
-        Raises:
-            CalibrationError: As for `observe`.
-        """
-        found: dict[str, SplitMoments] = {}
-        for names in passes_within(channels, int(self._recipe.calibration.moments_gib * 2**30)):
-            observers = [SecondMomentObserver(name, channels[name], caps[name]) for name in names]
-            observe(
-                model,
-                observers,
-                self._batches(model),
-                session_factory=lambda copy: memory_session(copy, self._providers),
-                progress=self._progress,
-            )
-            found |= {name: observer.moments for name, observer in zip(names, observers, strict=True)}
-        return found
-
-    def _batches(self, model: ir.Model) -> _Tee:
-        """The data once more; opened when the first model asks."""
-        if self.data is None:
-            self.data = calibration_data(
-                self._source,
-                describe_inputs(model),
-                tokenizer=self._tokenizer,
-                windows=self._recipe.calibration.windows,
-                length=self._recipe.calibration.length,
-                seed=self._recipe.calibration.seed,
-            )
-            if isinstance(self.data.batches, Iterator) and self._reads_twice:
-                self.data = dataclasses.replace(self.data, batches=list(self.data.batches))
-        return _Tee(self.data, self.sample, 0 if self.sample else self._sample_tokens)
+        if isinstance(data.batches, Iterator):
+            data = dataclasses.replace(data, batches=list(data.batches))
+        self.data = data
 
     @property
-    def _reads_twice(self) -> bool:
-        """Whether the equalized model is observed too, so that data which come only once must be kept."""
-        return self._recipe.activations.static_range != "absmax" or self._recipe.weights.needs_moments
+    def opened(self) -> CalibrationData:
+        """The data; a ValueError before `open`."""
+        if self.data is None:
+            raise ValueError("the calibration data were not opened")
+        return self.data
+
+    def fingerprint(self) -> str:
+        """SHA-256 of every array of every batch, by name, type and shape."""
+        digest = hashlib.sha256()
+        for batch in self.opened:
+            if not isinstance(batch, Mapping):
+                break  # completing the feeds says what is wrong with it
+            for name, array in sorted(batch.items()):
+                digest.update(f"{name} {np.asarray(array).dtype} {np.shape(array)};".encode())
+                digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+    def size(self) -> tuple[int, int]:
+        """Number of batches, and of tokens with padding."""
+        sizes = [_tokens(batch) for batch in self.opened if isinstance(batch, Mapping)]
+        return len(sizes), sum(sizes)
+
+    def sample(self, tokens: int) -> list[Batch]:
+        """The first batches, as many as hold `tokens` tokens."""
+        kept: list[Batch] = []
+        for batch in self.opened:
+            if tokens <= 0:
+                break
+            kept.append(batch)
+            tokens -= _tokens(batch)
+        return kept
+
+    def observe(
+        self, model: ir.Model, segments: Segmentation, activations: Mapping[str, int]
+    ) -> dict[str, ActivationStatistics]:
+        """Statistics of activations by name; leading tokens are left out as the recipe says.
+
+        Args:
+            model: The float model.
+            segments: How it is cut.
+            activations: Name -> index of the segment that reads it.
+
+        Raises:
+            CalibrationError: The data are missing, empty or do not fit the model.
+            StoppedError: It was asked to stop.
+        """
+        found: dict[str, ActivationStatistics] = {}
+        last = max(activations.values(), default=0)
+        walk = self.walk(model, segments, "statistics", last)
+        with self._progress.stage("Calibrating", self.steps(last + 1)) as advance:
+            for segment in segments.segments[: last + 1]:
+                record = f"statistics.{segment.index:04d}"
+                names = [name for name, index in activations.items() if index == segment.index]
+                if self.work is not None and self.work.has(record):
+                    arrays, _ = self.work.load(record)
+                    advance(self.steps(1))
+                else:
+                    observers = {name: self.observer(name) for name in names}
+                    walk.run(segment, list(observers.values()), advance)
+                    arrays = {
+                        f"{number}.{field}": array
+                        for number, observer in enumerate(observers.values())
+                        for field, array in observer.statistics.to_dict().items()
+                    }
+                    if self.work is not None:
+                        self.work.save(record, arrays)
+                walk.done(segment)
+                for number, name in enumerate(names):
+                    fields = {k.partition(".")[2]: v for k, v in arrays.items() if k.partition(".")[0] == str(number)}
+                    found[name] = ActivationStatistics.from_dict(fields)
+                self.stop_if_asked(f"calibrating, {segment.label}")
+        logger.info("observed %d activations over %d batches, %d tokens", len(found), *self.size())
+        return found
+
+    def observer(self, name: str) -> StatisticsObserver:
+        """A fresh observer of an activation, of the tokens that the recipe lets count."""
+        leading = self._recipe.activations.leading_tokens
+        return StatisticsObserver(name, TokenGroup.REST if leading else TokenGroup.ALL)
+
+    def walk(self, model: ir.Model, segments: Segmentation, phase: str, last: int) -> Walk:
+        """A pass of the data through a model, whose states belong to `phase`."""
+        return Walk(
+            model,
+            segments,
+            self._inputs,
+            self.opened,
+            States(self.work, phase),
+            leading_tokens=self._recipe.activations.leading_tokens,
+            session_factory=lambda copy: memory_session(copy, self._providers, threads=self._threads),
+            last=last,
+        )
+
+    def steps(self, segments: int) -> int:
+        """What a progress bar counts for some segments: batches."""
+        return segments * max(1, self.opened.count or 1)
+
+    def stop_if_asked(self, where: str) -> None:
+        """Raise StoppedError if somebody asked to stop and the work can be taken up again."""
+        if self.work is not None and self._stop():
+            raise StoppedError(
+                f"stopped after {where}",
+                f"finished work lies in {self.work.path}",
+                "Run the same command again to go on",
+            )
 
 
-class _Tee(Iterable[Batch]):
-    """Passes batches on and keeps the first of them."""
-
-    def __init__(self, data: CalibrationData, kept: list[Batch], tokens: int) -> None:
-        self._data, self._kept, self._tokens = data, kept, tokens
-
-    def __length_hint__(self) -> int:
-        return self._data.count or 0
-
-    def __iter__(self) -> Iterator[Batch]:
-        missing = self._tokens
-        for batch in self._data:
-            if missing > 0:
-                self._kept.append(batch)
-                missing -= max(int(np.prod(array.shape[:2])) for array in batch.values())
-            yield batch
+def _tokens(batch: Batch) -> int:
+    return max((int(np.prod(np.shape(array)[:2])) for array in batch.values()), default=0)

@@ -35,7 +35,9 @@ class Observation:
     selections: tuple[TokenGroup, ...]
 
 
-def build_observation(model: ir.Model, observers: Sequence[Observer], *, select_tokens: bool) -> Observation:
+def build_observation(
+    model: ir.Model, observers: Sequence[Observer], *, select_tokens: bool, keep: Sequence[str] = ()
+) -> Observation:
     """Copy a model and replace its outputs by the reductions of `observers`; nothing else is left to compute.
 
     Each reduction follows its activation directly in the graph, which frees the activation early if the session runs
@@ -46,6 +48,7 @@ def build_observation(model: ir.Model, observers: Sequence[Observer], *, select_
         observers: What to observe; observers of one value share its conversion to float32 [T, K].
         select_tokens: Whether token masks will be fed. Without them every observer sees all tokens; LEADING and REST
             then are an error.
+        keep: Names of values that stay outputs as they are.
 
     Raises:
         CalibrationError: A value does not exist, is not floating point, or the opset is too old.
@@ -86,7 +89,7 @@ def build_observation(model: ir.Model, observers: Sequence[Observer], *, select_
     # From the last to the first, so that additions after one node keep their order.
     for anchor, added in reversed(insertions):
         insert_after(graph, anchor, added)
-    replace_outputs(copy, outputs)
+    replace_outputs(copy, [*(values[name] for name in keep), *outputs])
     return Observation(copy, tuple(names), tuple(selections))
 
 

@@ -21,11 +21,22 @@ from fptq_onnx.graph.feeds import Feeds, describe_inputs
 from fptq_onnx.progress import Progress, SilentProgress
 from fptq_onnx.quantization.statistics import ActivationStatistics
 
-__all__ = ["ObservedActivation", "ObservedData", "SessionFactory", "calibrate", "observe"]
+__all__ = [
+    "ObservedActivation",
+    "ObservedData",
+    "ObservedRun",
+    "SessionFactory",
+    "TokenPositions",
+    "calibrate",
+    "observe",
+    "token_masks",
+]
 
 logger = logging.getLogger(__name__)
 
 SessionFactory = Callable[[ir.Model], Any]
+TokenPositions = npt.NDArray[np.int64] | None
+TokenMasks = Mapping[TokenGroup, npt.NDArray[np.bool_]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +134,7 @@ def observe(
         CalibrationError: As for `calibrate`.
     """
     inputs = describe_inputs(model)
-    session, observation = None, None
+    run = ObservedRun(model, observers, session_factory=session_factory)
     count = sequences = tokens = 0
     total = operator.length_hint(batches) or None
     with (progress or SilentProgress()).stage("Calibrating", total) as advance:
@@ -131,17 +142,7 @@ def observe(
             where = f"calibration batch {count}"
             feeds = inputs.complete(batch, where)
             positions = inputs.token_positions(feeds)
-            masks = _token_masks(positions, leading_tokens, where)
-            if observers and (observation is None or (masks and not observation.selections)):
-                # Masks cost a copy of every activation, so they are built in only once a batch needs them.
-                session = None
-                observation = build_observation(model, observers, select_tokens=bool(masks))
-                session = session_factory(observation.model)
-            if observation is not None:
-                if observation.selections and positions is not None:
-                    masks = masks or {TokenGroup.ALL: np.ones(positions.size, np.bool_)}
-                    feeds |= {f"{SELECTION_PREFIX}{group}": masks[group] for group in observation.selections}
-                _run_batch(session, observation, observers, feeds, where)
+            run.feed(feeds, token_masks(positions, leading_tokens, where), positions, where)
             sequences += next(iter(feeds.values())).shape[0] if positions is None else positions.shape[0]
             tokens += 0 if positions is None else int(np.count_nonzero(positions >= 0))
             advance(1)
@@ -151,9 +152,7 @@ def observe(
     return ObservedData(count, sequences, tokens)
 
 
-def _token_masks(
-    positions: npt.NDArray[np.int64] | None, leading_tokens: int, where: str
-) -> dict[TokenGroup, npt.NDArray[np.bool_]]:
+def token_masks(positions: TokenPositions, leading_tokens: int, where: str) -> dict[TokenGroup, npt.NDArray[np.bool_]]:
     """Mask [B * S] of each token group; empty where every token counts alike."""
     if positions is None:
         if leading_tokens:
@@ -172,14 +171,67 @@ def _token_masks(
     }
 
 
-def _run_batch(session: Any, observation: Observation, observers: Sequence[Observer], feeds: Feeds, where: str) -> None:
-    names = [name for outputs in observation.outputs for name in outputs]
-    try:
-        results = dict(zip(names, session.run(names, feeds), strict=True))
-    except Exception as error:  # onnxruntime's exceptions have no common base
-        raise CalibrationError(where, f"cannot be run: {error}", "Check the data against the model") from error
-    for observer, outputs in zip(observers, observation.outputs, strict=True):
+class ObservedRun:
+    """Runs one model batch by batch and folds what observers reduce inside it; the session is made for the first batch.
+
+    Args:
+        model: Left as it is.
+        observers: Fresh observers.
+        keep: Names of values that `feed` returns as they are.
+        session_factory: Makes the session of the observation copy.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        observers: Sequence[Observer],
+        *,
+        keep: Sequence[str] = (),
+        session_factory: SessionFactory = memory_session,
+    ) -> None:
+        """Nothing is built yet."""
+        self._model, self._observers, self._keep = model, observers, list(keep)
+        self._session_factory = session_factory
+        self._session: Any = None
+        self._observation: Observation | None = None
+        self._inputs: frozenset[str | None] = frozenset()
+
+    def feed(
+        self, feeds: Mapping[str, npt.NDArray[Any]], masks: TokenMasks, positions: TokenPositions, where: str
+    ) -> Feeds:
+        """Run one batch.
+
+        Args:
+            feeds: Complete feeds; what the model does not take is left out.
+            masks: From `token_masks`.
+            positions: Positions of the batch's tokens, None where there are none.
+            where: How to name the batch in an error.
+
+        Returns:
+            The values to keep, by name.
+        """
+        if not self._observers and not self._keep:
+            return {}
+        if self._observation is None or (masks and not self._observation.selections):
+            # Masks cost a copy of every activation, so they are built in only once a batch needs them.
+            self._session = None
+            observation = build_observation(self._model, self._observers, select_tokens=bool(masks), keep=self._keep)
+            self._inputs = frozenset(value.name for value in observation.model.graph.inputs)
+            self._session = self._session_factory(observation.model)
+            self._observation = observation
+        observation = self._observation
+        fed = {name: array for name, array in feeds.items() if name in self._inputs}
+        if observation.selections and positions is not None:
+            masks = masks or {TokenGroup.ALL: np.ones(positions.size, np.bool_)}
+            fed |= {f"{SELECTION_PREFIX}{group}": masks[group] for group in observation.selections}
+        names = [*self._keep, *(name for outputs in observation.outputs for name in outputs)]
         try:
-            observer.fold(*(results[name] for name in outputs))
-        except CalibrationError as error:
-            raise CalibrationError(f"{where}, {error.where}", error.reason, error.fix) from error
+            results = dict(zip(names, self._session.run(names, fed), strict=True))
+        except Exception as error:  # onnxruntime's exceptions have no common base
+            raise CalibrationError(where, f"cannot be run: {error}", "Check the data against the model") from error
+        for observer, outputs in zip(self._observers, observation.outputs, strict=True):
+            try:
+                observer.fold(*(results[name] for name in outputs))
+            except CalibrationError as error:
+                raise CalibrationError(f"{where}, {error.where}", error.reason, error.fix) from error
+        return {name: results[name] for name in self._keep}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["Block", "find_blocks"]
+__all__ = ["Block", "block_boundaries", "find_blocks", "number_stages"]
 
 import dataclasses
+from collections.abc import Sequence
 
 import onnx_ir as ir
 
@@ -45,14 +46,10 @@ def find_blocks(model: ir.Model, linears: LinearSearch) -> list[Block]:
     Returns:
         The blocks in execution order; empty when the graph has no attention.
     """
-    states = {stream.index: stream.value for stream in linears.flow.streams}
-    starts = [states[index] for index in linears.flow.starts()]
-    if not starts:
-        return []
-    last = states[max(states)]  # behind the last residual addition comes the head
-    stages = _stages(model.graph, starts if last is starts[-1] else [*starts, last])
+    boundaries = block_boundaries(linears)
+    stages = number_stages(model.graph, boundaries)
     blocks = []
-    for index, start in enumerate(starts):
+    for index, start in enumerate(boundaries[: len(linears.flow.starts())]):
         nodes = tuple(node for node, stage in stages.items() if stage == index)
         inside = set(nodes)
         read = dict.fromkeys(operand for node in nodes for operand in node.inputs if operand is not None)
@@ -72,7 +69,17 @@ def find_blocks(model: ir.Model, linears: LinearSearch) -> list[Block]:
     return blocks
 
 
-def _stages(graph: ir.Graph, starts: list[ir.Value]) -> dict[ir.Node, int]:
+def block_boundaries(linears: LinearSearch) -> list[ir.Value]:
+    """The states of the residual stream that each block starts from, and the one that the head starts from."""
+    states = {stream.index: stream.value for stream in linears.flow.streams}
+    starts = [states[index] for index in linears.flow.starts()]
+    if not starts:
+        return []
+    last = states[max(states)]  # behind the last residual addition comes the head
+    return starts if last is starts[-1] else [*starts, last]
+
+
+def number_stages(graph: ir.Graph, starts: Sequence[ir.Value]) -> dict[ir.Node, int]:
     """Number the nodes that depend on hidden states: those of block i by i, -1 before, the head by the last start."""
     begins = {start.producer(): index for index, start in enumerate(starts)}
     reached = {start: index for index, start in enumerate(starts) if start.producer() is None}

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from fptq_onnx.quantization.packing import pack_int4
+
 __all__ = [
     "add_constant",
     "add_int4_constant",
@@ -42,15 +44,14 @@ def add_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     return _register(graph, name, ir.tensor(array, name=name))
 
 
-def add_int4_constant(graph: ir.Graph, name: str, integers: np.ndarray) -> ir.Value:
-    """Add int8 `integers` in -8..7 as an INT4 initializer: two to a byte, low nibble first, row-major."""
+def add_int4_constant(graph: ir.Graph, name: str, shape: Sequence[int], compute: Callable[[], np.ndarray]) -> ir.Value:
+    """Add an INT4 initializer whose integers, int8 in -8..7, are computed each time somebody reads them."""
     name = unique_value_name(graph, name)
-    flat = np.ascontiguousarray(integers, dtype=np.int8).reshape(-1).view(np.uint8) & 0x0F
-    if flat.size % 2:
-        flat = np.append(flat, np.uint8(0))
-    packed = flat[0::2] | (flat[1::2] << 4)
-    tensor = ir.PackedTensor(packed, ir.DataType.INT4, shape=ir.Shape(integers.shape), name=name)
-    return _register(graph, name, tensor)
+
+    def evaluate() -> ir.TensorProtocol:
+        return ir.PackedTensor(pack_int4(compute()), ir.DataType.INT4, shape=ir.Shape(shape), name=name)
+
+    return _register(graph, name, ir.LazyTensor(evaluate, dtype=ir.DataType.INT4, shape=ir.Shape(shape), name=name))
 
 
 def add_lazy_constant(

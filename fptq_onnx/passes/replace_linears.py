@@ -13,7 +13,7 @@ import onnx_ir as ir
 from fptq_onnx.graph.activation_groups import group_by_activation
 from fptq_onnx.graph.linears import LinearLayer, find_linears
 from fptq_onnx.ops import dynamic_quantize_per_token
-from fptq_onnx.passes.editing import add_constant, as_numpy, cast, replace_node
+from fptq_onnx.passes.editing import add_constant, add_int4_constant, add_lazy_constant, as_numpy, cast, replace_node
 from fptq_onnx.quantization.int4 import QuantizedWeight
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "QuantizedActivation",
     "ReplaceLinearsPass",
     "StaticQuantizer",
+    "add_weight",
 ]
 
 logger = logging.getLogger(__name__)
@@ -50,11 +51,12 @@ class LayerQuantization:
 
     Attributes:
         activation: How its input is quantized.
-        weight: Computes its int4 weight when the pass reaches it; None leaves the weight float ("activations only").
+        weight: Gives its int4 weight, the same each time: when the pass reaches it, and when the constant is read, so
+            that the weights of a large model need not be in memory. None leaves the weight float ("activations only").
     """
 
     activation: ActivationQuantizer
-    weight: Callable[[LinearLayer], QuantizedWeight] | None
+    weight: Callable[[], QuantizedWeight] | None
 
 
 @dataclass(frozen=True)
@@ -96,13 +98,15 @@ class ReplaceLinearsPass(ir.passes.InPlacePass, abc.ABC):
                 if decision.weight is None:
                     layer.node.replace_input_with(0, self.dequantized_activation(layer, decision.activation))
                 else:
-                    self.replace(layer, decision.activation, decision.weight(layer))
+                    self.replace(layer, decision.activation, decision.weight)
                 self._on_layer(layer.name)
                 modified = True
         return ir.passes.PassResult(model, modified)
 
     @abc.abstractmethod
-    def replace(self, layer: LinearLayer, quantizer: ActivationQuantizer, weight: QuantizedWeight) -> None:
+    def replace(
+        self, layer: LinearLayer, quantizer: ActivationQuantizer, weight: Callable[[], QuantizedWeight]
+    ) -> None:
         """Replace `layer` by its quantized form."""
 
     def quantized_activation(self, layer: LinearLayer, quantizer: ActivationQuantizer) -> QuantizedActivation:
@@ -132,6 +136,26 @@ class ReplaceLinearsPass(ir.passes.InPlacePass, abc.ABC):
         product.name, product.type, product.shape = f"{output.name}.product", output.type, output.shape
         stored = add_constant(_graph_of(layer), f"{layer.name}.bias", bias.astype(_float_type(layer).numpy()))
         replace_node(layer.node, [matmul, ir.node("Add", [product, stored], name=f"{layer.name}.add_bias")])
+
+
+def add_weight(
+    graph: ir.Graph, name: str, weight: Callable[[], QuantizedWeight], described: QuantizedWeight
+) -> tuple[ir.Value, ir.Value]:
+    """Add a layer's int4 weight and its scales as constants that are read from `weight` when they are needed.
+
+    Args:
+        graph: Where to.
+        name: Of the layer.
+        weight: See `LayerQuantization`.
+        described: What it gives; its shapes and type are kept, not its data.
+    """
+    scale = described.scale
+    return (
+        add_int4_constant(graph, f"{name}.weight_int4", described.q.shape, lambda: weight().q),
+        add_lazy_constant(
+            graph, f"{name}.weight_scale", ir.DataType.from_numpy(scale.dtype), scale.shape, lambda: weight().scale
+        ),
+    )
 
 
 def _graph_of(layer: LinearLayer) -> ir.Graph:

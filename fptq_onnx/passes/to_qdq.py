@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import onnx_ir as ir
 
 from fptq_onnx.graph.linears import LinearLayer
-from fptq_onnx.passes.editing import add_constant, add_int4_constant
-from fptq_onnx.passes.replace_linears import ActivationQuantizer, ReplaceLinearsPass
+from fptq_onnx.passes.replace_linears import ActivationQuantizer, ReplaceLinearsPass, add_weight
 from fptq_onnx.quantization.int4 import QuantizedWeight
 
 __all__ = ["ToQdqPass"]
@@ -19,17 +20,19 @@ class ToQdqPass(ReplaceLinearsPass):
     QuantizeLinear/DequantizeLinear pairs, and a per-token scale has no DequantizeLinear form.
     """
 
-    def replace(self, layer: LinearLayer, quantizer: ActivationQuantizer, weight: QuantizedWeight) -> None:
+    def replace(
+        self, layer: LinearLayer, quantizer: ActivationQuantizer, weight: Callable[[], QuantizedWeight]
+    ) -> None:
         """Insert the round trip of the activation (once) and of the weight."""
         graph = layer.node.graph
         assert isinstance(graph, ir.Graph)
         activation = self.dequantized_activation(layer, quantizer)
-        integers = add_int4_constant(graph, f"{layer.name}.weight_int4", weight.q)
-        scale = add_constant(graph, f"{layer.name}.weight_scale", weight.scale)
+        quantized = weight()
+        integers, scale = add_weight(graph, layer.name, weight, quantized)
         dequantize = ir.node(
             "DequantizeLinear",
             [integers, scale],
-            {"axis": 0, "block_size": weight.block_size},
+            {"axis": 0, "block_size": quantized.block_size},
             name=f"{layer.name}.dequantize_weight",
         )
         dequantize.outputs[0].name = f"{layer.name}.weight"

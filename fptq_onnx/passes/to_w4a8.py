@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import onnx_ir as ir
 
 from fptq_onnx.graph.linears import LinearLayer
 from fptq_onnx.ops import w4a8_matmul
-from fptq_onnx.passes.editing import add_constant, add_int4_constant
-from fptq_onnx.passes.replace_linears import ActivationQuantizer, ReplaceLinearsPass
+from fptq_onnx.passes.replace_linears import ActivationQuantizer, ReplaceLinearsPass, add_weight
 from fptq_onnx.quantization.int4 import QuantizedWeight
 
 __all__ = ["ToW4A8Pass"]
@@ -16,21 +17,23 @@ __all__ = ["ToW4A8Pass"]
 class ToW4A8Pass(ReplaceLinearsPass):
     """MatMul(X, W) -> W4A8MatMul(QuantizeLinear(X) | DynamicQuantizePerToken(X), int4 W)."""
 
-    def replace(self, layer: LinearLayer, quantizer: ActivationQuantizer, weight: QuantizedWeight) -> None:
+    def replace(
+        self, layer: LinearLayer, quantizer: ActivationQuantizer, weight: Callable[[], QuantizedWeight]
+    ) -> None:
         """Insert the quantize node (once per activation) and the integer MatMul."""
         graph = layer.node.graph
         assert isinstance(graph, ir.Graph)
         activation = self.quantized_activation(layer, quantizer)
-        integers = add_int4_constant(graph, f"{layer.name}.weight_int4", weight.q)
-        scale = add_constant(graph, f"{layer.name}.weight_scale", weight.scale)
+        quantized = weight()
+        integers, scale = add_weight(graph, layer.name, weight, quantized)
         matmul = w4a8_matmul.w4a8_matmul(
             activation.data,
             activation.scale,
             activation.zero_point,
             integers,
             scale,
-            block_size=weight.block_size,
-            scale_max_multiple=weight.scale_max_multiple,
+            block_size=quantized.block_size,
+            scale_max_multiple=quantized.scale_max_multiple,
             name=layer.name,
         )
         self.finish(layer, matmul)

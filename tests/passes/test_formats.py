@@ -66,7 +66,7 @@ def test_matmulnbits_computes_with_these_weights(tmp_path: Path, group: int) -> 
     (layer,) = find_linears(model).layers
     q = quantize_weight(w, group, "signed8", np.float32)
     assert (q.scale < 0).any()
-    ToMatMulNBitsPass({layer.name: LayerQuantization(PerTokenQuantizer(), lambda _: q)})(model)
+    ToMatMulNBitsPass({layer.name: LayerQuantization(PerTokenQuantizer(), lambda: q)})(model)
     np.testing.assert_array_equal(_dequantized(model, layer.name, q), q.dequantize())
     (node,) = (node for node in model.graph if node.op_type == "MatMulNBits")
     assert node.attributes["accuracy_level"].as_int() == 4
@@ -79,6 +79,6 @@ def test_matmulnbits_computes_with_these_weights(tmp_path: Path, group: int) -> 
 def test_matmulnbits_refuses_block_sizes_it_has_not(tmp_path: Path, group: int) -> None:
     model = parse(tmp_path, "(float[B, S, 72] X) => (float[B, S, 10] Y)", "Y = MatMul(X, w)", {"w": weight(72)})
     (layer,) = find_linears(model).layers
-    decision = LayerQuantization(PerTokenQuantizer(), lambda found: quantize_weight(weight(72), group, "absmax7", "f4"))
+    decision = LayerQuantization(PerTokenQuantizer(), lambda: quantize_weight(weight(72), group, "absmax7", "f4"))
     with pytest.raises(RecipeError, match=rf"{layer.name}: MatMulNBits needs a block size .* not {group}\. Set"):
         ToMatMulNBitsPass({layer.name: decision})(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import families
@@ -36,8 +37,13 @@ def _int4(layer: LinearLayer) -> QuantizedWeight:
 def _quantize(model: ir.Model, quantizer: ActivationQuantizer, *names: str, weight=_int4) -> list[str]:
     """Quantize the named layers, or all; the layers in the order they were done."""
     done: list[str] = []
-    chosen = names or [layer.name for layer in find_linears(model).layers]
-    decisions = {name: LayerQuantization(quantizer, weight) for name in chosen}
+    layers = {layer.name: layer for layer in find_linears(model).layers}
+    chosen = names or list(layers)
+    computed = {name: None if weight is None else weight(layers[name]) for name in chosen}
+    decisions = {
+        name: LayerQuantization(quantizer, None if q is None else partial(lambda q: q, q))
+        for name, q in computed.items()
+    }
     assert ToW4A8Pass(decisions, on_layer=done.append)(model).modified == bool(chosen)
     AddFunctionsPass()(model)
     return done

@@ -38,6 +38,7 @@ def session(
     register_library: bool = True,
     threads: int | None = None,
     config: Mapping[str, str] | None = None,
+    profile: str | os.PathLike[str] | None = None,
 ) -> onnxruntime.InferenceSession:
     """Open a model in onnxruntime.
 
@@ -49,6 +50,7 @@ def session(
         register_library: Use the kernels of the op library; without it the ops run through their function bodies.
         threads: Intra-op threads, None for onnxruntime's choice.
         config: Session configuration entries, e.g. ``{"session.qdq_matmulnbits_accuracy_level": "0"}``.
+        profile: Start of the path of onnxruntime's profile, which ``end_profiling`` writes; None for no profile.
 
     Returns:
         The session.
@@ -65,6 +67,9 @@ def session(
     options = ort.SessionOptions()
     if threads is not None:
         options.intra_op_num_threads = threads
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = os.fspath(profile)
     for key, value in (config or {}).items():
         options.add_session_config_entry(key, value)
     if register_library:

@@ -46,6 +46,7 @@ ALLOWED = {
     "verification": {"errors", "progress", "graph", "ops", "calibration", "evaluation", "report", "runtime"},
     "export": {"errors", "progress", "graph"},
     "packaging": {"errors", "graph", "ops"},
+    "benchmark": {"errors", "progress", "report", "graph", "ops", "runtime", "evaluation", "generation"},
 }
 # These see everything but each other, in this order.
 LAST = ("convert", "fptq_onnx", "cli")

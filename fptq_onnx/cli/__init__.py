@@ -13,6 +13,7 @@ for _command in (
     "export",
     "generate",
     "package",
+    "bench",
 ):
     importlib.import_module(f"fptq_onnx.cli.{_command}")
 

@@ -1,0 +1,1 @@
+"""Speed and memory of whole models: prefill, decode, and where the time goes."""

@@ -15,13 +15,15 @@ from typing import Any, Literal
 import onnx_ir as ir
 import onnx_ir.passes.common
 
-from fptq_onnx.calibration.calibration import Calibration
+from fptq_onnx.calibration.calibration import Batch, Calibration
+from fptq_onnx.calibration.tokens import find_tokenizer
 from fptq_onnx.errors import ModelError, NothingQuantizedError, RecipeError, VerificationError
 from fptq_onnx.genai.folder import accepting_folders
 from fptq_onnx.graph.activation_groups import ActivationGroup, group_by_activation
 from fptq_onnx.graph.linears import LinearLayer, LinearSearch, find_linears
-from fptq_onnx.graph.model_file import load_model, save_model
+from fptq_onnx.graph.model_file import load_model, save_model, source_files
 from fptq_onnx.graph.opset import ensure_opset
+from fptq_onnx.graph.output_files import refuse_overwriting, staged, write_text
 from fptq_onnx.graph.segments import find_segments
 from fptq_onnx.passes.add_functions import AddFunctionsPass
 from fptq_onnx.passes.apply_equalization import AppliedScale
@@ -35,7 +37,7 @@ from fptq_onnx.progress import Progress, SilentProgress
 from fptq_onnx.quantization.plan import LayerPlan, Plan
 from fptq_onnx.quantizing import equalize, quantize_layers, rotate
 from fptq_onnx.recipe import Recipe
-from fptq_onnx.report import LayerReport, Report, SkippedReport, Stopwatch, peak_memory_bytes, versions
+from fptq_onnx.report import LayerReport, Report, SkippedReport, Stopwatch, is_report, peak_memory_bytes, versions
 from fptq_onnx.runtime import PROVIDERS, Provider, check_provider
 from fptq_onnx.verification import compare_layers, compare_models
 
@@ -51,6 +53,7 @@ PASSES: dict[Format, type[ReplaceLinearsPass]] = {
     "qdq": ToQdqPass,
 }
 RECIPE_KEY = "fptq.recipe"
+_PATH = (str, os.PathLike)
 
 
 def default_output(model: Path) -> Path:
@@ -119,7 +122,9 @@ def convert(
         settings = settings.with_overrides({"layers.exclude": [*settings.layers.exclude, *exclude]})
     edited = plan if isinstance(plan, Plan) or plan is None else Plan.load(os.fspath(plan))
     limit = max_kl if max_kl is not None else settings.verification.max_kl
+    read = [source, *(Path(os.fspath(p)) for p in (calibration, tokenizer, plan, recipe) if isinstance(p, _PATH))]
     _check_request(source, target, output_format, limit, verify_tokens)
+    _check_output(target, dry_run, [*read, *_beside(source)])
     check_provider(provider, register_library=output_format == "custom" and verify_tokens > 0)
     watch, progress = Stopwatch(), progress or SilentProgress()
     data = Calibration(
@@ -157,7 +162,7 @@ def convert(
     if not any(entry.is_quantized for entry in made.layers):
         raise NothingQuantizedError(str(source), _why_nothing(made), "Change include and exclude, or the plan")
     if dry_run:
-        target.with_suffix(".plan.json").write_text(made.to_json(), encoding="utf-8")
+        write_text(target.with_suffix(".plan.json"), made.to_json())
         return _finish(report, watch)
 
     with watch.stage("equalize"):
@@ -172,19 +177,17 @@ def convert(
         _rewrite(graph.model, quantized.layers, output_format)
         graph.model.metadata_props[RECIPE_KEY] = json.dumps(settings.resolved())
         _complete_layers(report, graph.model, applied, quantized.methods, decisions)
-    with watch.stage("save"):
-        report.bytes_after = _bytes(graph.model)
-        save_model(graph.model, target)
-    if verify_tokens:
-        sample = data.sample(verify_tokens)
-        with watch.stage("verify"):
-            report.verification = compare_models(
-                source, target, sample, data=report.calibration, max_kl=limit, provider=provider, progress=progress
-            )
-            noise = compare_layers(equalized, target, sample, provider=provider, progress=progress)
-            for layer in report.layers:
-                layer.snr_db = noise[layer.name]
-    _finish(report, watch).save(target.with_suffix(".json"))
+    refuse_overwriting((target, Path(f"{target}.data")), source_files(graph.model))
+    with staged(target) as staging:
+        with watch.stage("save"):
+            report.bytes_after = _bytes(graph.model)
+            save_model(graph.model, staging.path)
+        if verify_tokens:
+            with watch.stage("verify"):
+                sample = data.sample(verify_tokens)
+                _verify(report, source, staging.path, equalized, sample, limit, provider, progress)
+        write_text(staging.path.with_suffix(".json"), _finish(report, watch).to_json())
+        staging.publish()
     if report.verification is not None and not report.verification.passed:
         kl_mean = report.verification.kl_mean
         raise VerificationError(
@@ -200,14 +203,56 @@ def convert(
 
 def _check_request(source: Path, target: Path, output_format: str, max_kl: float | None, verify_tokens: int) -> None:
     """Refuse before the long work what could only fail after it."""
-    if target.resolve() == source.resolve():
-        raise ModelError(str(target), "this is the file the model is read from", "Choose another output path")
     if not target.parent.is_dir():
         raise ModelError(str(target), "its folder does not exist", "Create the folder")
     if output_format not in PASSES:
         raise RecipeError(f"format {output_format!r}", "it is unknown", f"Use {', '.join(PASSES)}")
     if max_kl is not None and not verify_tokens:
         raise RecipeError("max_kl", "without verification there is no KL to hold against it", "Verify some tokens")
+
+
+def _check_output(target: Path, dry_run: bool, read: Sequence[Path]) -> None:
+    """Refuse an output over what is read, over a foreign file, or where nothing can be written."""
+    companion = target.with_suffix(".plan.json" if dry_run else ".json")
+    written = [companion] if dry_run else [target, Path(f"{target}.data"), companion]
+    refuse_overwriting(written, read[:1])
+    refuse_overwriting(written, read[1:], "this is a file that the conversion reads")
+    if companion == target:
+        raise ModelError(str(target), "its report would have the same name", "Choose a name that ends in .onnx")
+    if not dry_run and os.path.exists(companion) and not is_report(companion):
+        raise ModelError(
+            str(companion),
+            f"the report of {target.name} would replace it, and it is no report",
+            "Choose another output",
+        )
+    for path in written:
+        with staged(path):
+            pass
+
+
+def _beside(source: Path) -> list[Path]:
+    """The tokenizer beside a model, which reads a text without being named."""
+    found = find_tokenizer(source)
+    return [] if found is None else [found]
+
+
+def _verify(
+    report: Report,
+    source: Path,
+    converted: Path,
+    equalized: ir.Model,
+    sample: Sequence[Batch],
+    max_kl: float | None,
+    provider: Provider,
+    progress: Progress,
+) -> None:
+    """Compare the written model with the float one, as a whole and by layers, and report that."""
+    report.verification = compare_models(
+        source, converted, sample, data=report.calibration, max_kl=max_kl, provider=provider, progress=progress
+    )
+    noise = compare_layers(equalized, converted, sample, provider=provider, progress=progress)
+    for layer in report.layers:
+        layer.snr_db = noise[layer.name]
 
 
 @dataclass(frozen=True, eq=False)

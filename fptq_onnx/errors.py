@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 __all__ = [
     "CalibrationError",
     "FptqError",
@@ -18,6 +20,9 @@ __all__ = [
 class FptqError(Exception):
     """Base of every error this package raises on purpose.
 
+    Names come from files of strangers: line breaks become blanks and control characters are escaped, so that a message
+    is one line and cannot steer a terminal.
+
     Args:
         where: The file, node, layer or option that is at fault, as the user knows it.
         reason: What is wrong with it, one clause without a trailing full stop.
@@ -26,10 +31,15 @@ class FptqError(Exception):
 
     def __init__(self, where: str, reason: str, fix: str) -> None:
         """Compose the one-line message "where: reason. Fix."."""
-        self.where = where
-        self.reason = reason.rstrip(".")
-        self.fix = fix[:1].upper() + fix[1:].rstrip(".")
+        self.where = _one_line(where)
+        self.reason = _one_line(reason).rstrip(".")
+        self.fix = (fix[:1].upper() + _one_line(fix[1:])).rstrip(".")
         super().__init__(f"{where}: {self.reason}. {self.fix}.")
+
+
+def _one_line(text: str) -> str:
+    line = re.sub(r"\s*[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]\s*", " ", text).strip()
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 class ModelError(FptqError):

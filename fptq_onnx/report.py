@@ -134,6 +134,15 @@ class Report:
         return Counter(layer.scheme for layer in self.layers)
 
 
+def is_report(path: Path) -> bool:
+    """Whether a file is the report of an earlier conversion."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and {"model", "output", "layers", "recipe", "versions"} <= found.keys()
+
+
 class Stopwatch:
     """Seconds per named stage, in the order the stages ran."""
 

@@ -59,9 +59,10 @@ def compare_models(
         ModelError: A model cannot be opened, or the converted one gives NaN, infinity or another shape.
     """
     models = (load_model(reference), load_model(converted))
+    # The converted model is opened as its users open it; the other may be a link, or have names that are not unique.
     sessions = [
-        session(path, provider, register_library=DOMAIN in model.graph.opset_imports)
-        for path, model in zip((reference, converted), models, strict=True)
+        memory_session(models[0], PROVIDERS[provider]),
+        session(converted, provider, register_library=DOMAIN in models[1].graph.opset_imports),
     ]
     output = str(models[0].graph.outputs[0].name)
     meter, kl, agreeing, tokens, scored = NoiseMeter(), 0.0, 0, 0, 0
@@ -69,7 +70,14 @@ def compare_models(
     with progress.stage("Verifying", len(batches)) as advance:
         for index, batch in enumerate(batches, start=1):
             feeds = [spec.complete(batch, f"verification batch {index}") for spec in inputs]
-            theirs, ours = (opened.run([output], fed)[0] for opened, fed in zip(sessions, feeds, strict=True))
+            try:
+                theirs, ours = (opened.run([output], fed)[0] for opened, fed in zip(sessions, feeds, strict=True))
+            except Exception as error:  # onnxruntime's exceptions share no base class
+                reason = f"verification batch {index} cannot be run: {error}"
+                raise ModelError(str(reference), reason, "Check the model and the data in onnxruntime") from error
+            if not np.isfinite(theirs).all():
+                reason = f"its output {output} holds NaN or infinity in verification batch {index}"
+                raise ModelError(str(reference), reason, "Repair the float model, or verify no tokens")
             if ours.shape != theirs.shape or not np.isfinite(ours).all():
                 raise ModelError(
                     str(converted),

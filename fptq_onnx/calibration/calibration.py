@@ -68,6 +68,7 @@ class Calibration:
     ) -> None:
         """Open nothing yet."""
         self._source = source
+        self._model_path = model_path
         self._tokenizer = tokenizer or find_tokenizer(model_path)
         self._recipe = recipe
         self._providers = providers
@@ -186,7 +187,9 @@ class Calibration:
             self.opened,
             States(self.work, phase),
             leading_tokens=self._recipe.activations.leading_tokens,
-            session_factory=lambda copy: memory_session(copy, self._providers, threads=self._threads),
+            session_factory=lambda copy: memory_session(
+                copy, self._providers, threads=self._threads, where=str(self._model_path)
+            ),
             last=last,
         )
 
@@ -205,4 +208,6 @@ class Calibration:
 
 
 def _tokens(batch: Batch) -> int:
-    return max((int(np.prod(np.shape(array)[:2])) for array in batch.values()), default=0)
+    """Most [B, S] positions of any array; 0 for what is no set of feeds, of which its reader complains."""
+    arrays = batch.values() if isinstance(batch, Mapping) else ()
+    return max((int(np.prod(np.shape(array)[:2])) for array in arrays), default=0)

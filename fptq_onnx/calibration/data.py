@@ -125,7 +125,13 @@ def calibration_data(
                 str(path), "is text, and there is no tokenizer to read it with", "Give the model's tokenizer.json"
             )
         return text_data(inputs, path, tokenizer, windows=windows, length=length, batch_size=batch_size, seed=seed)
-    return reader_data(source) if isinstance(source, CalibrationDataReader) else feeds_data(source)
+    if isinstance(source, CalibrationDataReader):
+        return reader_data(source)
+    if not isinstance(source, Iterable):
+        raise CalibrationError(
+            "calibration data", f"is a {type(source).__name__}", "Give a path, a CalibrationDataReader or feeds"
+        )
+    return feeds_data(source)
 
 
 def text_data(
@@ -155,10 +161,10 @@ def random_data(
     inputs: ModelInputs, *, windows: int = 32, length: int = 512, batch_size: int = 1, seed: int = 0
 ) -> CalibrationData:
     """Data-free calibration: tokens drawn uniformly from the vocabulary (FPTQ, arXiv 2308.15987)."""
-    if inputs.token_input is None or inputs.vocabulary is None:
+    if inputs.token_input is None or not inputs.vocabulary:
         raise CalibrationError(
             "data-free calibration",
-            "the model has no token embedding to draw random tokens for",
+            "the model has no token embedding to draw random tokens for, or an empty one",
             "Calibrate with an .npz file of its inputs",
         )
     length = inputs.window(length)
@@ -195,6 +201,8 @@ def npz_data(inputs: ModelInputs, path: PathLike, *, batch_size: int = 1) -> Cal
     """
     where = str(path)
     try:
+        if Path(path).is_file() and not zipfile.is_zipfile(path):
+            raise ValueError("it is no zip archive")  # numpy would take it for a pickle and advise to trust it
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from fptq_onnx.errors import CalibrationError, RuntimeUnavailableError
+from fptq_onnx.errors import ModelError, RuntimeUnavailableError
+from fptq_onnx.graph.model_file import source_file
 
 __all__ = ["memory_session"]
 
@@ -28,6 +29,7 @@ def memory_session(
     *,
     threads: int | None = None,
     configure: Callable[[Any], None] | None = None,
+    where: str | None = None,
 ) -> Any:
     """Create an onnxruntime session for a model in memory.
 
@@ -40,11 +42,12 @@ def memory_session(
         model: Left as it is.
         providers: Execution providers.
         threads: Intra-op threads, onnxruntime's choice if None.
+        where: How to name the model in errors; by default the file it was loaded from.
         configure: Receives the SessionOptions before the session is made, such as to register a custom-op library.
 
     Raises:
         RuntimeUnavailableError: onnxruntime is not installed.
-        CalibrationError: onnxruntime refuses the model.
+        ModelError: onnxruntime refuses the model.
     """
     try:
         import onnxruntime
@@ -72,8 +75,10 @@ def memory_session(
             ir.to_proto(copy).SerializeToString(), options, providers=list(providers)
         )
     except Exception as error:  # onnxruntime's exceptions have no common base
-        raise CalibrationError(
-            "the model", f"cannot be loaded by onnxruntime: {error}", "Check it with onnx.checker"
+        raise ModelError(
+            where or str(source_file(model) or "the model"),
+            f"cannot be loaded by onnxruntime: {error}",
+            "Correct the model, or export it again",
         ) from error
     session.fptq_weights = weights  # borrowed by the session, so they must live as long
     return session
@@ -92,13 +97,21 @@ def _common_folder(model: ir.Model) -> str | None:
 def _detach_weights(model: ir.Model, folder: str | None, onnxruntime: Any) -> dict[str, tuple[Any, Any]]:
     """Replace large weights by references to nowhere; return their OrtValues, and the arrays these borrow, by name."""
     weights = {}
-    for name, value in model.graph.initializers.items():
+    outside, inside = _read_names(model)
+    for name, value in list(model.graph.initializers.items()):
         tensor = value.const_value
         external = isinstance(tensor, ir.ExternalTensor)
-        if tensor is None or (external and folder is not None) or (not external and tensor.nbytes <= _INLINE_BYTES):
+        if name not in outside and name not in inside and not value.is_graph_input():
+            del model.graph.initializers[name]
+            continue
+        if tensor is None or tensor.dtype == ir.DataType.STRING:
+            continue
+        if (external and folder is not None) or (not external and tensor.nbytes <= _INLINE_BYTES):
             continue
         array = np.ascontiguousarray(tensor.numpy())
-        if tensor.nbytes <= _INLINE_BYTES or not _can_be_handed_over(array):
+        # onnxruntime looks for a tensor handed over by reference in the main graph, from which it has removed what
+        # nothing reads there, or only a branch of an If that was inlined.
+        if tensor.nbytes <= _INLINE_BYTES or name in inside or not _can_be_handed_over(array):
             value.const_value = ir.Tensor(array, dtype=tensor.dtype, name=name)
             continue
         if tensor.dtype == ir.DataType.BFLOAT16:
@@ -111,6 +124,16 @@ def _detach_weights(model: ir.Model, folder: str | None, onnxruntime: Any) -> di
             "in-memory", 0, tensor.nbytes, dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name
         )
     return weights
+
+
+def _read_names(model: ir.Model) -> tuple[set[str | None], set[str | None]]:
+    """Names of the values that the main graph reads or gives out, and of those that its subgraphs read."""
+    outside = {value.name for value in model.graph.outputs}
+    inside: set[str | None] = set()
+    for node in model.graph.all_nodes():
+        names = outside if node.graph is model.graph else inside
+        names.update(operand.name for operand in node.inputs if operand is not None)
+    return outside, inside
 
 
 def _can_be_handed_over(array: npt.NDArray[Any]) -> bool:

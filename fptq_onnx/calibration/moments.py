@@ -67,7 +67,7 @@ class SecondMomentObserver(Observer):
         if not np.isfinite(product).all():
             raise CalibrationError(
                 f"activation {self.values[0]}",
-                "holds NaN or infinity",
+                "holds NaN, infinity, or values whose squares overflow float32",
                 "Check the model in a wider type",
             )
         self._batches += 1

@@ -11,9 +11,11 @@ import onnx_ir as ir
 from fptq_onnx.errors import ModelError
 
 _PATH_OPS = frozenset({"Identity", "Transpose", "Cast", "DequantizeLinear"})
+# A scale may itself be dequantized (double quantization); files of strangers nest further, at exponential cost.
+_MAX_NESTED_SCALES = 2
 
 
-def root_initializer(value: ir.Value | None) -> tuple[ir.Value, tuple[ir.Node, ...]] | None:
+def root_initializer(value: ir.Value | None, _nested: int = 0) -> tuple[ir.Value, tuple[ir.Node, ...]] | None:
     """Find the initializer behind a constant value.
 
     Args:
@@ -30,7 +32,9 @@ def root_initializer(value: ir.Value | None) -> tuple[ir.Value, tuple[ir.Node, .
         node = value.producer()
         if node is None or node.domain != "" or node.op_type not in _PATH_OPS or len(path) > 16:
             return None
-        if any(operand is not None and root_initializer(operand) is None for operand in node.inputs[1:]):
+        if _nested > _MAX_NESTED_SCALES or any(
+            operand is not None and root_initializer(operand, _nested + 1) is None for operand in node.inputs[1:]
+        ):
             return None
         path.append(node)
         value = node.inputs[0]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["EXTERNAL_DATA_THRESHOLD", "load_model", "save_model", "source_files"]
+__all__ = ["EXTERNAL_DATA_THRESHOLD", "load_model", "save_model", "source_file", "source_files"]
 
 import logging
 import os
 import pathlib
-import shutil
 import stat
-import tempfile
 from collections.abc import Iterator
 
 import onnx
@@ -18,7 +16,16 @@ import onnx_ir.passes.common
 from google.protobuf.message import DecodeError, EncodeError  # type: ignore[import-untyped]
 
 from fptq_onnx.errors import ModelError
-from fptq_onnx.graph.wellformed import check_graph, check_tensors
+from fptq_onnx.graph.node_rules import check_nodes
+from fptq_onnx.graph.output_files import refuse_overwriting, staged
+from fptq_onnx.graph.wellformed import (
+    check_functions,
+    check_graph,
+    check_header,
+    check_names,
+    check_tensors,
+    real_file,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +33,7 @@ EXTERNAL_DATA_THRESHOLD = 100 * 2**20
 """Bytes of initializers above which ``save_model`` writes them to a file of their own."""
 
 _SOURCE = "fptq_onnx.source"
+_LFS = b"version https://git-lfs"
 # Smaller tensors stay in the model file. The others start on a page, as memory mapping and vector loads like it.
 _EMBEDDED_BYTES = 1024
 _PAGE = 4096
@@ -44,12 +52,15 @@ def load_model(path: str | os.PathLike[str]) -> ir.Model:
         The model; its external tensors are checked ``onnx_ir.ExternalTensor`` objects.
 
     Raises:
-        ModelError: The file is missing, truncated or no ONNX model; the graph reads a value that nothing computes, or
-            has a cycle; a tensor does not have the bytes its shape needs; external data are missing, too short, given
-            by an absolute path or one with "..", or reached through a link that leaves the model's folder.
+        ModelError: The file is missing, truncated or no ONNX model; the graph reads a value that nothing computes,
+            writes one twice, has a cycle or a node that breaks its operator's rules; a tensor does not have the bytes
+            its shape needs; external data are missing, too short, given by an absolute path or one with "..", or
+            reached through a link that leaves the model's folder (see ``real_file`` for the one exception).
     """
     file = pathlib.Path(path).absolute()
     proto = _parse(file)
+    check_header(proto, file)
+    check_names(proto, file)
     check_tensors(proto, file)
     try:
         model = ir.serde.deserialize_model(proto)
@@ -57,7 +68,11 @@ def load_model(path: str | os.PathLike[str]) -> ir.Model:
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise ModelError(str(file), f"the graph cannot be read: {reason[0]}", "export the model again") from error
     ir.external_data.set_base_dir(model.graph, file.parent)
+    if file.is_symlink():
+        _read_real_files(model, file)
     check_graph(model, file)
+    check_functions(model, file)
+    check_nodes(model, file)
     if model.ir_version < 4:  # there initializers had to be inputs too
         ir.passes.common.RemoveInitializersFromInputsPass()(model)
     ir.passes.common.LiftConstantsToInitializersPass()(model)
@@ -68,11 +83,17 @@ def load_model(path: str | os.PathLike[str]) -> ir.Model:
     return model
 
 
+def source_file(model: ir.Model) -> pathlib.Path | None:
+    """Return the file a model was loaded from, None for a model made in memory."""
+    source = model.meta.get(_SOURCE)
+    return None if source is None else pathlib.Path(source)
+
+
 def source_files(model: ir.Model) -> set[pathlib.Path]:
     """Return the files a model still reads from: its own and those of its external tensors, links resolved."""
     files = {pathlib.Path(tensor.path).resolve() for tensor in _external_tensors(model)}
-    source = model.meta.get(_SOURCE)
-    return files if source is None else files | {pathlib.Path(source).resolve()}
+    source = source_file(model)
+    return files if source is None else files | {pathlib.Path(os.path.realpath(source))}
 
 
 def save_model(model: ir.Model, path: str | os.PathLike[str]) -> None:
@@ -92,12 +113,7 @@ def save_model(model: ir.Model, path: str | os.PathLike[str]) -> None:
     """
     file = pathlib.Path(path).absolute()
     data = file.with_name(file.name + ".data")
-    sources = source_files(model)
-    for target in (file, data):
-        if target.resolve() in sources:
-            raise ModelError(str(target), "this is the file the model is read from", "choose another output path")
-    if file.is_dir():
-        raise ModelError(str(file), "the output path is a folder", "give the name of a file in it")
+    refuse_overwriting((file, data), source_files(model))
     size = sum(
         value.const_value.nbytes
         for graph in model.graphs()
@@ -105,38 +121,27 @@ def save_model(model: ir.Model, path: str | os.PathLike[str]) -> None:
         if value.const_value is not None
     )
     external = size > EXTERNAL_DATA_THRESHOLD or any(True for _ in _external_tensors(model))
-    folder: pathlib.Path | None = None
-    try:
-        # A folder beside the target: same file system, so that the renames below cannot fail half-way.
-        folder = pathlib.Path(tempfile.mkdtemp(prefix=f".{file.name}.", dir=file.parent))
-        if external:
-            ir.save(
-                model,
-                folder / file.name,
-                format="protobuf",
-                external_data=data.name,
-                size_threshold_bytes=_EMBEDDED_BYTES,
-                alignment=_PAGE,
-                align_threshold=0,
-            )
-        else:
-            ir.save(model, folder / file.name, format="protobuf")
-        written_data = folder / data.name
-        # Never a moment in which an old model sits beside new data.
-        if file.exists() and (written_data.exists() or data.exists()):
-            file.unlink()
-        if written_data.exists():
-            os.replace(written_data, data)
-        os.replace(folder / file.name, file)
-    except OSError as error:
-        raise ModelError(
-            str(file), f"cannot be written: {error.strerror or error}", "check the folder and the free space"
-        ) from error
-    except (EncodeError, ir.serde.SerdeError, ValueError, TypeError) as error:
-        raise ModelError(str(file), f"the graph cannot be written: {error}", "report this as a bug") from error
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+    with staged(file) as staging:
+        try:
+            if external:
+                ir.save(
+                    model,
+                    staging.path,
+                    format="protobuf",
+                    external_data=data.name,
+                    size_threshold_bytes=_EMBEDDED_BYTES,
+                    alignment=_PAGE,
+                    align_threshold=0,
+                )
+            else:
+                ir.save(model, staging.path, format="protobuf")
+        except OSError as error:
+            raise ModelError(
+                str(file), f"cannot be written: {error.strerror or error}", "check the folder and the free space"
+            ) from error
+        except (EncodeError, ir.serde.SerdeError, ValueError, TypeError) as error:
+            raise ModelError(str(file), f"the graph cannot be written: {error}", "report this as a bug") from error
+        staging.publish()
     logger.debug("wrote %s (%d bytes of initializers, external data: %s)", file, size, external)
 
 
@@ -152,16 +157,37 @@ def _parse(file: pathlib.Path) -> onnx.ModelProto:
     except OSError as error:
         raise ModelError(str(file), f"cannot be read: {error.strerror}", "check the permissions") from error
     except (DecodeError, RuntimeError, ValueError) as error:
+        if _starts_with(file, _LFS):
+            raise ModelError(str(file), "is a Git LFS pointer, not the file itself", "run `git lfs pull`") from error
         raise ModelError(
             str(file),
             "is not a complete ONNX protobuf file (truncated, corrupt or another format)",
             "copy or export it again",
         ) from error
-    if not proto.HasField("graph") or not proto.opset_import or not proto.ir_version:
-        raise ModelError(
-            str(file), "is not an ONNX model: it has no graph, opset or IR version", "export the model again"
-        )
     return proto
+
+
+def _starts_with(file: pathlib.Path, start: bytes) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(len(start)) == start
+
+
+def _read_real_files(model: ir.Model, file: pathlib.Path) -> None:
+    """Point external tensors of a model that is a link at the files behind links: runtimes refuse such links."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            real = real_file(file, str(tensor.location)) if isinstance(tensor, ir.ExternalTensor) else None
+            if isinstance(tensor, ir.ExternalTensor) and real is not None:
+                value.const_value = ir.ExternalTensor(
+                    real.name,
+                    tensor.offset,
+                    tensor.length,
+                    dtype=tensor.dtype,
+                    shape=ir.Shape(tensor.shape),
+                    name=tensor.name or "",
+                    base_dir=real.parent,
+                )
 
 
 def _infer_missing_shapes(model: ir.Model) -> None:

@@ -13,6 +13,7 @@ import onnx_ir as ir
 import onnxscript.version_converter
 
 from fptq_onnx.errors import ModelError
+from fptq_onnx.graph.node_rules import misfit
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +25,6 @@ MINIMUM_IR_VERSION = 10
 
 # Their meaning changed between opset 18 and 21; the converter leaves a node as it is when it cannot tell its shapes.
 _REDEFINED = frozenset({"DFT", "GridSample", "GroupNormalization"})
-# onnxruntime's own operators in the ONNX domain, the same in every opset.
-_RUNTIME_OPS = frozenset({"SimplifiedLayerNormalization"})
 
 
 def ensure_opset(model: ir.Model, version: int = MINIMUM_OPSET) -> int:
@@ -47,6 +46,13 @@ def ensure_opset(model: ir.Model, version: int = MINIMUM_OPSET) -> int:
     before = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
     if before <= 0:
         raise ModelError("model", "it does not say which ONNX operator set it uses", "export the model again")
+    newest = onnx.defs.onnx_opset_version()
+    if before > newest:
+        raise ModelError(
+            "model",
+            f"it uses opset {before}, and the installed onnx {onnx.__version__} knows opsets up to {newest}",
+            f"update onnx, or export the model with opset {newest} or earlier",
+        )
     if before < version:
         redefined = [node for node in _nodes(model) if node.domain == "" and node.op_type in _REDEFINED]
         fix = f"export the model with opset {version} or later"
@@ -62,8 +68,9 @@ def ensure_opset(model: ir.Model, version: int = MINIMUM_OPSET) -> int:
             reason = f"{left[0].op_type} cannot be converted from opset {before} to {version}"
             raise ModelError(f"node {left[0].name}", reason, fix)
         for node in _nodes(model):
-            if misfit := _misfit(node, version):
-                raise ModelError(f"node {node.name}", f"{misfit} after conversion from opset {before}", fix)
+            if (misfitting := misfit(node, version)) is not None:
+                reason = f"{misfitting} in opset {version}, to which opset {before} was converted"
+                raise ModelError(f"node {node.name}", reason, fix)
         logger.info("converted the model from opset %d to %d", before, version)
     model.ir_version = max(model.ir_version, MINIMUM_IR_VERSION)
     return before
@@ -73,22 +80,6 @@ def _nodes(model: ir.Model) -> Iterator[ir.Node]:
     yield from model.graph.all_nodes()
     for function in model.functions.values():
         yield from function.all_nodes()
-
-
-def _misfit(node: ir.Node, version: int) -> str | None:
-    """Say what makes a node no valid operator of an opset."""
-    if node.domain != "" or node.op_type in _RUNTIME_OPS:
-        return None
-    try:
-        schema = onnx.defs.get_schema(node.op_type, version, "")
-    except onnx.defs.SchemaError:
-        return f"{node.op_type} is no operator of opset {version}"
-    unknown = set(node.attributes) - set(schema.attributes)
-    if unknown:
-        return f"{node.op_type} has no attribute {min(unknown)} in opset {version}"
-    if schema.deprecated or not schema.min_input <= len(node.inputs) <= schema.max_input:
-        return f"{node.op_type} with {len(node.inputs)} inputs is no operator of opset {version}"
-    return None
 
 
 @contextlib.contextmanager

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["check_graph", "check_tensors"]
+__all__ = ["check_functions", "check_graph", "check_header", "check_names", "check_tensors", "real_file"]
 
 import logging
 import ntpath
 import os
 import pathlib
 import stat
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import onnx
@@ -19,7 +20,81 @@ from fptq_onnx.errors import ModelError
 logger = logging.getLogger(__name__)
 
 _MAX_ELEMENTS = 2**48
+# Far above what networks have; a few lines of ONNX can ask for 2^60.
+_MAX_INLINED_NODES = 2**20
+_MAX_CONCAT_PARTS = 2**16
 _EXPORT_AGAIN = "copy the model with all its files, or export it again"
+
+
+def check_header(proto: onnx.ModelProto, file: pathlib.Path) -> None:
+    """Check the versions that a model names.
+
+    Raises:
+        ModelError: There is no graph, opset or IR version, the IR version is newer than the installed onnx, or a domain
+            is imported in two versions.
+    """
+    if not proto.HasField("graph") or not proto.opset_import or not proto.ir_version:
+        raise ModelError(
+            str(file), "is not an ONNX model: it has no graph, opset or IR version", "export the model again"
+        )
+    if proto.ir_version > onnx.IR_VERSION:
+        reason = f"it has IR version {proto.ir_version}, and the installed onnx knows versions up to {onnx.IR_VERSION}"
+        raise ModelError(str(file), reason, "update onnx, or export the model again")
+    versions: dict[str, int] = {}
+    for entry in proto.opset_import:
+        domain = "" if entry.domain == "ai.onnx" else entry.domain
+        if versions.setdefault(domain, entry.version) != entry.version:
+            reason = f"it imports the operator set {domain or 'ai.onnx'} as {versions[domain]} and as {entry.version}"
+            raise ModelError(str(file), reason, "export the model again")
+    if not proto.graph.output:
+        raise ModelError(str(file), "the graph has no output", "export the model again")
+
+
+def check_names(proto: onnx.ModelProto, file: pathlib.Path) -> None:
+    """Check that names are text, and that every value of a graph is written once: by a node, input or initializer.
+
+    Raises:
+        ModelError: A name is not UTF-8, two write one value, or an initializer has no name.
+    """
+    for graph in _graphs(proto.graph):
+        for name in _names(graph):
+            if isinstance(name, bytes):  # what protobuf gives for text that is none
+                raise ModelError(str(file), f"the name {name!r} is not UTF-8 text", "export the model again")
+        initializers = [tensor.name for tensor in graph.initializer]
+        initializers += [sparse.values.name for sparse in graph.sparse_initializer]
+        if "" in initializers:
+            raise ModelError(str(file), "an initializer has no name", "export the model again")
+        _check_written_once(Counter(initializers), file)
+        # Before IR version 4 an initializer had to be an input too.
+        given = set(initializers) | {value.name for value in graph.input}
+        outputs = (name for node in graph.node for name in node.output if name)
+        _check_written_once(Counter([*given, *outputs]), file)
+
+
+def check_functions(model: ir.Model, file: pathlib.Path) -> None:
+    """Check that the functions of a model can be inlined.
+
+    Raises:
+        ModelError: One calls itself, or they expand to more than a million nodes.
+    """
+    sizes: dict[ir.OperatorIdentifier, int] = {}
+
+    def size(nodes: Iterable[ir.Node], callers: tuple[ir.OperatorIdentifier, ...]) -> int:
+        total = 0
+        for node in nodes:
+            called = node.op_identifier()
+            function = model.functions.get(called)
+            if function is not None and called not in sizes:
+                if called in callers:
+                    name = f"{function.domain}.{function.name}"
+                    raise ModelError(str(file), f"function {name} calls itself", "export the model again")
+                sizes[called] = size(function.all_nodes(), (*callers, called))
+            total += sizes.get(called, 1)
+        return total
+
+    count = size(model.graph.all_nodes(), ())
+    if count > _MAX_INLINED_NODES:
+        raise ModelError(str(file), f"its functions expand to {count:.3g} nodes", "export the model again")
 
 
 def check_tensors(proto: onnx.ModelProto, file: pathlib.Path) -> None:
@@ -37,7 +112,7 @@ def check_tensors(proto: onnx.ModelProto, file: pathlib.Path) -> None:
         where = f"{file}, tensor {tensor.name or '(no name)'}"
         needed = _bytes_needed(tensor, where)
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            _check_external(tensor, needed, where, file.parent, sizes)
+            _check_external(tensor, needed, where, file, sizes)
         elif tensor.HasField("raw_data"):
             if needed is None or len(tensor.raw_data) != needed:
                 raise ModelError(
@@ -88,9 +163,49 @@ def _check_order(graph: ir.Graph, known: set[ir.Value], file: pathlib.Path) -> N
                 for inner in attribute.as_graphs():
                     _check_order(inner, known, file)
         known.update(node.outputs)
+    _check_concats(graph, file)
     for output in graph.outputs:
         if output not in known:
             raise ModelError(str(file), f"nothing computes the graph output {output.name}", "export the model again")
+
+
+def _check_concats(graph: ir.Graph, file: pathlib.Path) -> None:
+    """Refuse a tower of Concat nodes on each other: shape inference would write its value out."""
+    parts: dict[ir.Value | None, int] = {}
+    for node in graph:
+        if node.op_type == "Concat" and node.domain == "":
+            count = sum(parts.get(operand, 1) for operand in node.inputs)
+            if count > _MAX_CONCAT_PARTS:
+                where = f"{file}, node {node.name or node.op_type}"
+                raise ModelError(where, f"it concatenates {count} parts", "export the model again")
+            parts[node.outputs[0]] = count
+
+
+def _names(graph: onnx.GraphProto) -> Iterator[str | bytes]:
+    for named in (graph, *graph.node, *graph.initializer, *graph.input, *graph.output, *graph.value_info):
+        yield named.name
+    for node in graph.node:
+        yield from (node.op_type, node.domain, *node.input, *node.output)
+        for attribute in node.attribute:
+            yield attribute.name
+
+
+def _check_written_once(names: Counter[str], file: pathlib.Path) -> None:
+    for name, count in names.items():
+        if count > 1:
+            times = "twice" if count == 2 else f"{count} times"
+            raise ModelError(str(file), f"value {name} is written {times}", "export the model again")
+
+
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """A graph and those in the attributes of its nodes, in theirs and so on."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _graphs(attribute.g)
+            for inner in attribute.graphs:
+                yield from _graphs(inner)
 
 
 def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
@@ -150,12 +265,12 @@ def _check_typed_data(tensor: onnx.TensorProto, where: str) -> None:
 
 
 def _check_external(
-    tensor: onnx.TensorProto, needed: int | None, where: str, folder: pathlib.Path, sizes: dict[str, int]
+    tensor: onnx.TensorProto, needed: int | None, where: str, file: pathlib.Path, sizes: dict[str, int]
 ) -> None:
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
     if location not in sizes:
-        sizes[location] = _external_file_size(location, where, folder)
+        sizes[location] = _external_file_size(location, where, file)
     try:
         offset = int(entries.get("offset", "0"))
         length = int(entries["length"]) if "length" in entries else needed
@@ -173,8 +288,29 @@ def _check_external(
         )
 
 
-def _external_file_size(location: str, where: str, folder: pathlib.Path) -> int:
-    """Size of an external data file after making sure that it is a plain file inside the model's folder."""
+def real_file(file: pathlib.Path, location: str) -> pathlib.Path | None:
+    """The file behind an external data path, links resolved, if a model may read it.
+
+    It must lie in the model's folder. Where the model file is itself a link, it may also lie directly beside the file
+    that this link leads to: then the model would be as free to read it had it been opened by its real name. So the
+    snapshots of a Hugging Face cache work, whose files are links into one folder of blobs, and a link to anywhere else
+    is none the freer.
+
+    Args:
+        file: The model file.
+        location: Relative path from the model.
+
+    Returns:
+        The file, which need not exist; None where the model may not read it.
+    """
+    real = (file.parent / location).resolve()
+    if real.is_relative_to(file.parent.resolve()) or (file.is_symlink() and real.parent == file.resolve().parent):
+        return real
+    return None
+
+
+def _external_file_size(location: str, where: str, file: pathlib.Path) -> int:
+    """Size of an external data file after making sure that it is a plain file that the model may read."""
     inside = "keep external data beside the model, under a relative path"
     if not location or "\0" in location:
         raise ModelError(where, "its external data name no file", _EXPORT_AGAIN)
@@ -183,8 +319,12 @@ def _external_file_size(location: str, where: str, folder: pathlib.Path) -> int:
         raise ModelError(where, f"its external data path {location} is absolute", inside)
     if ".." in location.replace("\\", "/").split("/"):
         raise ModelError(where, f'its external data path {location} contains ".."', inside)
-    path = folder / location
-    if not path.resolve().is_relative_to(folder.resolve()):
+    path = file.parent / location
+    try:
+        real = real_file(file, location)
+    except (OSError, RuntimeError) as error:  # Python before 3.13: RuntimeError for a link to itself
+        raise ModelError(where, f"its external data file {location} cannot be read: {error}", _EXPORT_AGAIN) from error
+    if real is None:
         raise ModelError(
             where,
             f"its external data file {location} is a link that leaves the model's folder",

@@ -102,17 +102,16 @@ def test_ir_version_is_raised(tmp_path: Path) -> None:
 
 def test_unknown_operator_cannot_be_converted(tmp_path: Path) -> None:
     nodes = [oh.make_node("NoSuchOperator", ["x", "w"], ["y"], name="odd")]
-    with pytest.raises(ModelError, match="node odd: NoSuchOperator is no operator of opset 21") as caught:
+    with pytest.raises(ModelError, match="node odd: NoSuchOperator is no operator in opset 18"):
         ensure_opset(_model(tmp_path, nodes, 18))
-    assert "opset 21 or later" in caught.value.fix
-    with pytest.raises(ModelError, match="from opset 14 to 21"):
+    with pytest.raises(ModelError, match="node odd: NoSuchOperator is no operator in opset 14"):
         ensure_opset(_model(tmp_path, nodes, 14))
 
 
 def test_attribute_that_no_longer_exists_is_refused(tmp_path: Path) -> None:
     """A file that says 18 but holds ReduceMean as of opset 13."""
     nodes = [oh.make_node("ReduceMean", ["x"], ["y"], name="mean", axes=[-1])]
-    with pytest.raises(ModelError, match="node mean: ReduceMean has no attribute axes in opset 21"):
+    with pytest.raises(ModelError, match="node mean: ReduceMean has no attribute axes in opset 18"):
         ensure_opset(_model(tmp_path, nodes, 18))
 
 

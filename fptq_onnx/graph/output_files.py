@@ -1,0 +1,135 @@
+"""Files that appear whole, together, and never over a file that is read."""
+
+from __future__ import annotations
+
+__all__ = ["Staging", "refuse_overwriting", "staged", "write_text"]
+
+import contextlib
+import fcntl
+import os
+import pathlib
+import shutil
+import stat
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator
+
+from fptq_onnx.errors import ModelError
+
+
+class Staging:
+    """A hidden folder beside an output file, in which it and its companions are written.
+
+    Attributes:
+        folder: The folder; what it holds when it is published appears beside the output.
+        path: Where to write the output file itself.
+    """
+
+    def __init__(self, folder: pathlib.Path, target: pathlib.Path) -> None:
+        """Use `staged` instead."""
+        self.folder, self.path, self._target = folder, folder / target.name, target
+
+    def publish(self) -> None:
+        """Move all files to their places, the output file last: it never lies beside companions of another.
+
+        Raises:
+            ModelError: A place is taken by a folder.
+        """
+        with _writing(self._target):
+            companions = sorted(path for path in self.folder.iterdir() if path != self.path)
+            for companion in companions:
+                if (self._target.parent / companion.name).is_dir():
+                    raise IsADirectoryError(0, f"{companion.name} is a folder")
+            if companions:
+                self._target.unlink(missing_ok=True)
+            for companion in companions:
+                os.replace(companion, self._target.parent / companion.name)
+            os.replace(self.path, self._target)
+
+
+@contextlib.contextmanager
+def staged(target: pathlib.Path) -> Iterator[Staging]:
+    """Give a place to write an output file in; what is not published disappears again.
+
+    The place is a folder beside the target, so that publishing is a matter of renames. Folders that an earlier process
+    left when it was killed are removed.
+
+    Raises:
+        ModelError: The target is a folder or a link to itself, or its folder is missing or cannot be written to.
+    """
+    with contextlib.ExitStack() as stack:
+        with _writing(target):
+            with contextlib.suppress(FileNotFoundError):
+                # Fails for a link to itself and for a name that is too long.
+                if stat.S_ISDIR(target.stat().st_mode):
+                    raise ModelError(str(target), "the output path is a folder", "give the name of a file in it")
+            prefix = f".fptq-onnx-{zlib.crc32(os.fsencode(target.name)):08x}-"
+            for left in target.parent.glob(f"{prefix}*"):
+                _remove_if_left(left)
+            folder = pathlib.Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            lock = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, lock)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield Staging(folder, target)
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Write a small text file whole or not at all.
+
+    Raises:
+        ModelError: It cannot be written.
+    """
+    with staged(path) as staging:
+        with _writing(path):
+            staging.path.write_text(text, encoding="utf-8")
+        staging.publish()
+
+
+def refuse_overwriting(
+    written: Iterable[pathlib.Path],
+    read: Iterable[pathlib.Path],
+    reason: str = "this is the file the model is read from",
+) -> None:
+    """Refuse to write files over those that are read, by whatever name: links of both kinds are seen through.
+
+    Raises:
+        ModelError: A path of `written` is one of `read`.
+    """
+    inputs = list(read)
+    for path in written:
+        for other in inputs:
+            if os.path.realpath(path) == os.path.realpath(other) or _is_same(path, other):
+                raise ModelError(str(path), reason, "choose another output path")
+
+
+def _is_same(path: pathlib.Path, other: pathlib.Path) -> bool:
+    try:
+        return path.samefile(other)
+    except OSError:  # one does not exist
+        return False
+
+
+def _remove_if_left(folder: pathlib.Path) -> None:
+    """Remove a folder whose lock nobody holds: the kernel frees the lock of a process that is killed."""
+    try:
+        lock = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+    except OSError:  # in use
+        return
+    finally:
+        os.close(lock)
+
+
+@contextlib.contextmanager
+def _writing(path: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ModelError(
+            str(path), f"cannot be written: {error.strerror or error}", "check the folder and the free space"
+        ) from error

@@ -28,6 +28,7 @@ from fptq_onnx.graph.segments import find_segments
 from fptq_onnx.passes.add_functions import AddFunctionsPass
 from fptq_onnx.passes.apply_equalization import AppliedScale
 from fptq_onnx.passes.inline_functions import InlineFunctionsPass
+from fptq_onnx.passes.quantize_embedding import QuantizeEmbeddingPass
 from fptq_onnx.passes.replace_linears import LayerQuantization, ReplaceLinearsPass
 from fptq_onnx.passes.to_matmulnbits import ToMatMulNBitsPass
 from fptq_onnx.passes.to_qdq import ToQdqPass
@@ -175,6 +176,7 @@ def convert(
             graph.model, segments, decisions, entries, statistics, applied, settings, data, progress
         )
         _rewrite(graph.model, quantized.layers, output_format)
+        report.embedding = _quantize_embedding(graph.model, settings)
         graph.model.metadata_props[RECIPE_KEY] = json.dumps(settings.resolved())
         _complete_layers(report, graph.model, applied, quantized.methods, decisions)
     refuse_overwriting((target, Path(f"{target}.data")), source_files(graph.model))
@@ -323,6 +325,16 @@ def _rewrite(model: ir.Model, quantization: Mapping[str, LayerQuantization], out
     onnx_ir.passes.common.RemoveUnusedNodesPass()(model)
 
 
+def _quantize_embedding(model: ir.Model, settings: Recipe) -> str:
+    """Quantize the embedding table if the recipe says so; what became of it."""
+    if settings.layers.embedding == "float":
+        return "float"
+    embedding = QuantizeEmbeddingPass()
+    embedding(model)
+    onnx_ir.passes.common.RemoveUnusedNodesPass()(model)
+    return embedding.outcome
+
+
 def _layer_report(layer: LinearLayer, entry: LayerPlan) -> LayerReport:
     assert layer.weight.dtype is not None
     size = int(layer.k * layer.n * layer.weight.dtype.itemsize)
@@ -335,7 +347,9 @@ def _layer_report(layer: LinearLayer, entry: LayerPlan) -> LayerReport:
         range=entry.activation_range,
         scheme=str(entry.scheme),
         equalization="none",
-        weight_method="float" if entry.weight_method == "float" else f"{entry.weight_method} g{entry.group_size}",
+        weight_method=entry.weight_method
+        if entry.weight_method in ("float", "int8")
+        else f"{entry.weight_method} g{entry.group_size}",
         snr_db=None,
         bytes_before=size,
         bytes_after=size,

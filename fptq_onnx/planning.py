@@ -108,7 +108,7 @@ def _entry(layer: LinearLayer, decided: GroupDecision | None, recipe: Recipe) ->
         activation_range=decision.activation_range if decision else None,
         scheme=scheme,
         equalization=decision.equalization if decision and quantized else "none",
-        weight_method=recipe.weights.grid if quantized and recipe.weights.format == "int4" else "float",
+        weight_method=recipe.layers.weight_method(layer.role, recipe.weights) if quantized else "float",
         group_size=recipe.weights.block_size(layer.k),
         reason=left_out or (decision.reason if decision else "no layer of its activation is quantized"),
     )

@@ -32,6 +32,7 @@ from fptq_onnx.passes.rotate_residual import RotateResidualPass
 from fptq_onnx.planning import GroupDecision
 from fptq_onnx.progress import Progress
 from fptq_onnx.quantization.int4 import QuantizedWeight, quantize_weight
+from fptq_onnx.quantization.int8 import Int8Weight, quantize_int8
 from fptq_onnx.quantization.plan import LayerPlan
 from fptq_onnx.quantization.policy import Scheme
 from fptq_onnx.quantization.refine import refine
@@ -43,6 +44,8 @@ from fptq_onnx.storage.weights import StoredWeights
 __all__ = ["QuantizedLayers", "equalize", "quantize_layers", "rotate"]
 
 logger = logging.getLogger(__name__)
+
+_SHIFT = "also.shift:"
 
 
 def rotate(model: ir.Model, settings: Recipe) -> dict[str, str]:
@@ -131,8 +134,10 @@ def _weight(
     moments: SplitMoments | None,
     settings: Recipe,
     methods: dict[str, tuple[str, str]],
-) -> QuantizedWeight:
+) -> QuantizedWeight | Int8Weight:
     assert entry.weight_method != "float"
+    if entry.weight_method == "int8":
+        return quantize_int8(layer.weight_array(), _float_dtype(layer))
     weight, block_size, dtype = layer.weight_array(), min(entry.group_size, layer.k), _float_dtype(layer)
     choice = settings.weights
     if choice.rounding == "gptq" and moments is not None:
@@ -209,6 +214,7 @@ def quantize_layers(
     walk = calibration.walk(model, segments, "weights", last)
     seen = _divided(statistics, applied)
     methods: dict[str, tuple[str, str]] = {}
+    shifts: dict[str, npt.NDArray[Any]] = {}
     stored = StoredWeights(calibration.work)
     count = sum(entries[layer.name].weight_method != "float" for d in decisions for layer in d.group.layers)
     with progress.stage("Quantizing", count) as advance:
@@ -224,7 +230,8 @@ def quantize_layers(
             arrays, notes = restored
             walk.done(segment)
             methods |= {name: tuple(method) for name, method in notes.items()}
-            seen |= _unpack(arrays)
+            shifts |= {key.removeprefix(_SHIFT): array for key, array in arrays.items() if key.startswith(_SHIFT)}
+            seen |= _unpack({key: array for key, array in arrays.items() if not key.startswith(_SHIFT)})
             advance(sum(entries[layer.name].weight_method != "float" for d in here for layer in d.group.layers))
             calibration.stop_if_asked(f"quantizing, {segment.label}")
     layers = {}
@@ -234,7 +241,7 @@ def quantize_layers(
             if entry.is_quantized:
                 activation = _quantizer(entry.scheme, seen[decided.name], _float_dtype(layer), settings)
                 weight = None if entry.weight_method == "float" else partial(stored.get, layer.name)
-                layers[layer.name] = LayerQuantization(activation, weight)
+                layers[layer.name] = LayerQuantization(activation, weight, shifts.get(layer.name))
     return QuantizedLayers(layers, methods)
 
 
@@ -272,7 +279,8 @@ class _SegmentWork:
         budget = int(self._settings.calibration.moments_gib * 2**30)
         passes = list(passes_within(channels, budget)) or [[]]
         methods: dict[str, tuple[str, str]] = {}
-        weights: dict[str, QuantizedWeight] = {}
+        weights: dict[str, QuantizedWeight | Int8Weight] = {}
+        shifts: dict[str, npt.NDArray[Any]] = {}
         for number, names in enumerate(passes):
             moments = {
                 d.name: SecondMomentObserver(self._value(d), d.group.k, self._caps[d.name])
@@ -284,11 +292,13 @@ class _SegmentWork:
                 walk.run(segment, observers, carry=number == 0)
             for decided in decisions:
                 if decided.name in moments:
-                    self._quantize(decided, moments.pop(decided.name).moments, weights, methods)
+                    found = moments.pop(decided.name).moments
+                    self._quantize(decided, found, weights, methods)
+                    shifts |= self._bias_shifts(decided, found, weights)
         for decided in decisions:
             if decided.name not in channels:
                 self._quantize(decided, None, weights, methods)
-        arrays = _pack({name: observer.statistics for name, observer in ranges.items()})
+        arrays = _pack({name: observer.statistics for name, observer in ranges.items()}) | shifts
         stored.put(record, weights, arrays, methods)
         return arrays, methods
 
@@ -296,7 +306,7 @@ class _SegmentWork:
         self,
         decided: GroupDecision,
         moments: SplitMoments | None,
-        weights: dict[str, QuantizedWeight],
+        weights: dict[str, QuantizedWeight | Int8Weight],
         methods: dict[str, tuple[str, str]],
     ) -> None:
         """Quantize the weights that read one activation into `weights`."""
@@ -308,6 +318,18 @@ class _SegmentWork:
                 except ModelError as error:
                     raise ModelError(f"weight of {entry.label} ({layer.name})", error.reason, error.fix) from error
 
+    def _bias_shifts(
+        self, decided: GroupDecision, moments: SplitMoments, weights: Mapping[str, QuantizedWeight | Int8Weight]
+    ) -> dict[str, npt.NDArray[Any]]:
+        """What rounding the weights moves the mean outputs by, of layers whose bias can make up for it."""
+        if not self._settings.weights.bias_correction:
+            return {}
+        return {
+            _SHIFT + layer.name: moments.fit.output_shift(layer.weight_array(), weights[layer.name].dequantize())
+            for layer in decided.group.layers
+            if layer.bias is not None and layer.name in weights
+        }
+
     def _value(self, decided: GroupDecision) -> str:
         """Name of the activation that the layers read now."""
         return self._applied[decided.name].activation if decided.name in self._applied else decided.name
@@ -317,8 +339,8 @@ class _SegmentWork:
         return decided.name in self._applied and self._settings.activations.static_range != "absmax"
 
     def _needs_moments(self, decided: GroupDecision) -> bool:
-        methods = {self._entries[layer.name].weight_method for layer in decided.group.layers} - {"float"}
-        return "weighted_clip" in methods or bool(methods and self._settings.weights.rounding == "gptq")
+        methods = {self._entries[layer.name].weight_method for layer in decided.group.layers} - {"float", "int8"}
+        return "weighted_clip" in methods or bool(methods and self._settings.weights.needs_moments)
 
 
 def _pack(statistics: Mapping[str, ActivationStatistics]) -> dict[str, npt.NDArray[Any]]:

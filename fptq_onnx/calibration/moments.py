@@ -53,17 +53,18 @@ class SecondMomentObserver(Observer):
         self.moments = SplitMoments(k)
 
     def reduce(self, nodes: NodeBuilder, *tokens: ir.Value) -> Sequence[ir.Value]:
-        """The matrix [K, K] and the number of tokens."""
+        """The matrix [K, K], the sum [K] of the tokens as they are, and their number."""
         (x,) = tokens
         peak = nodes.op("ReduceMax", nodes.op("Abs", x), nodes.constant(np.array([-1], np.int64)), keepdims=1)
         smallest = nodes.constant(np.float32(np.finfo(np.float32).tiny))
         shrink = nodes.op("Div", nodes.constant(self._cap), nodes.op("Max", peak, smallest))
         capped = nodes.op("Mul", x, nodes.op("Min", shrink, nodes.constant(np.float32(1))))
-        return nodes.op("MatMul", nodes.op("Transpose", capped, perm=(1, 0)), capped), nodes.op("Shape", x)
+        total = nodes.op("ReduceSum", x, nodes.constant(np.array([0], np.int64)), keepdims=0)
+        return nodes.op("MatMul", nodes.op("Transpose", capped, perm=(1, 0)), capped), total, nodes.op("Shape", x)
 
     def fold(self, *arrays: npt.NDArray[Any]) -> None:
         """Add a batch to its set."""
-        product, shape = arrays
+        product, total, shape = arrays
         if not np.isfinite(product).all():
             raise CalibrationError(
                 f"activation {self.values[0]}",
@@ -74,6 +75,7 @@ class SecondMomentObserver(Observer):
         held_out = self._batches % HELD_OUT_EVERY == 0
         moments = self.moments.held_out if held_out else self.moments.fit
         moments.seen += product
+        moments.total += total
         moments.tokens += int(shape[0])
 
 

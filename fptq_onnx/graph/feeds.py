@@ -11,14 +11,13 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from fptq_onnx.errors import CalibrationError
-from fptq_onnx.graph.lookups import attends_in_place, cache_head_size, position_limit, vocabulary_size
+from fptq_onnx.graph.lookups import TOKEN_NAMES, attends_in_place, cache_head_size, position_limit, vocabulary_size
 
 __all__ = ["Feeds", "ModelInput", "ModelInputs", "describe_inputs", "describe_session"]
 
 Array = npt.NDArray[Any]
 Feeds = dict[str, Array]
 
-_TOKEN_NAMES = ("input_ids", "token_ids", "tokens")
 _MASK_NAMES = ("attention_mask", "input_mask")
 _POSITION_NAMES = ("position_ids", "cache_position")
 _SEGMENT_NAMES = ("token_type_ids", "segment_ids")
@@ -111,7 +110,7 @@ class ModelInputs:
     @property
     def token_input(self) -> ModelInput | None:
         """The input of token ids [B, S]; None for a model that takes none (pixels, embeddings)."""
-        for name in _TOKEN_NAMES:
+        for name in TOKEN_NAMES:
             for spec in self.inputs:
                 if spec.name == name:
                     return spec
@@ -222,7 +221,7 @@ class ModelInputs:
         Returns:
             int64 [B, S], -1 for padding; None if the model takes no sequences of tokens or embeddings.
         """
-        grid = next((feeds[name].shape for name in _TOKEN_NAMES if name in feeds), None)
+        grid = next((feeds[name].shape for name in TOKEN_NAMES if name in feeds), None)
         if grid is None and "inputs_embeds" in feeds:
             grid = feeds["inputs_embeds"].shape[:2]
         if grid is None or len(grid) != 2:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["attends_in_place", "cache_head_size", "position_limit", "vocabulary_size"]
+__all__ = ["attends_in_place", "cache_head_size", "position_limit", "token_lookups", "vocabulary_size"]
 
 from collections.abc import Collection, Iterator
 
 import onnx_ir as ir
 
+# What exporters call the input of token ids.
+TOKEN_NAMES = ("input_ids", "token_ids", "tokens")
 # Nodes that hand ids on to a table: unchanged, or moved along the table.
 _ID_NODES = frozenset({"Identity", "Cast", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Slice", "Expand", "Add"})
 # Nodes that keep the rows of a table; a Transpose swaps them.
@@ -19,7 +21,19 @@ _COSINES = {"GroupQueryAttention": 7, "RotaryEmbedding": 2}
 
 def vocabulary_size(graph: ir.Graph, token_ids: ir.Value) -> int | None:
     """Rows of the constant table that the token ids are looked up in; None if no such lookup is found."""
-    return min((rows for source, rows, _ in _tables(graph) if source is token_ids), default=None)
+    return min((rows for _, source, rows, _ in _tables(graph) if source is token_ids), default=None)
+
+
+def token_lookups(graph: ir.Graph) -> list[ir.Node]:
+    """The Gathers, along axis 0, that look the token ids up in a constant float table [vocabulary, hidden]."""
+    found = []
+    for node, source, _, _ in _tables(graph):
+        table = node.inputs[0]
+        floats = table is not None and (table.dtype is None or table.dtype.is_floating_point())
+        axis = node.attributes.get_int("axis", 0)
+        if node.op_type == "Gather" and axis == 0 and floats and source.name in TOKEN_NAMES and source.is_graph_input():
+            found.append(node)
+    return found
 
 
 def position_limit(graph: ir.Graph, token_ids: ir.Value) -> int | None:
@@ -29,10 +43,10 @@ def position_limit(graph: ir.Graph, token_ids: ir.Value) -> int | None:
     by neither token nor segment ids; or it holds the cosines of a fused rotary embedding.
     """
     tables = list(_tables(graph))
-    widths = {width for source, _, width in tables if source is token_ids}
+    widths = {width for _, source, _, width in tables if source is token_ids}
     limits = [
         rows
-        for source, rows, width in tables
+        for _, source, rows, width in tables
         if width in widths and (source.const_value is not None or "position" in (source.name or ""))
     ]
     for node in graph:
@@ -64,15 +78,18 @@ def attends_in_place(graph: ir.Graph, caches: Collection[str]) -> bool:
     return bool(uses) and all(use.node.op_type == "GroupQueryAttention" for use in uses)
 
 
-def _tables(graph: ir.Graph) -> Iterator[tuple[ir.Value, int, int]]:
-    """Each lookup of rows in a constant matrix: the value that its ids come from, and the table's rows and width."""
+def _tables(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Value, int, int]]:
+    """Each lookup in a constant matrix: the node, the value that its ids come from, the table's entries and width.
+
+    Entries are rows, or columns of an int8 table that is shared with the vocabulary head.
+    """
     for node in graph:
         axis = node.attributes.get_int("gather_axis", node.attributes.get_int("axis", 0))
-        if node.op_type not in _LOOKUPS or axis != 0 or node.inputs[1] is None:
+        if node.op_type not in _LOOKUPS or axis not in (0, 1) or node.inputs[1] is None:
             continue
         shape = _constant_shape(node.inputs[0])
         if shape is not None and len(shape) == 2:
-            yield _id_source(node.inputs[1]), shape[0], shape[1]
+            yield node, _id_source(node.inputs[1]), shape[axis], shape[1 - axis]
 
 
 def _id_source(ids: ir.Value) -> ir.Value:

@@ -6,6 +6,7 @@ import abc
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import cast as typing_cast
 
 import numpy as np
 import onnx_ir as ir
@@ -14,7 +15,9 @@ from fptq_onnx.graph.activation_groups import group_by_activation
 from fptq_onnx.graph.linears import LinearLayer, find_linears
 from fptq_onnx.ops import dynamic_quantize_per_token
 from fptq_onnx.passes.editing import add_constant, add_int4_constant, add_lazy_constant, as_numpy, cast, replace_node
+from fptq_onnx.passes.weights import shift_bias
 from fptq_onnx.quantization.int4 import QuantizedWeight
+from fptq_onnx.quantization.int8 import Int8Weight
 
 __all__ = [
     "ActivationQuantizer",
@@ -23,6 +26,7 @@ __all__ = [
     "QuantizedActivation",
     "ReplaceLinearsPass",
     "StaticQuantizer",
+    "add_int8_weight",
     "add_weight",
 ]
 
@@ -51,12 +55,15 @@ class LayerQuantization:
 
     Attributes:
         activation: How its input is quantized.
-        weight: Gives its int4 weight, the same each time: when the pass reaches it, and when the constant is read, so
-            that the weights of a large model need not be in memory. None leaves the weight float ("activations only").
+        weight: Gives its int4 or int8 weight, the same each time: when the pass reaches it, and when the constant is
+            read, so that the weights of a large model need not be in memory. None leaves the weight float
+            ("activations only").
+        bias_shift: float32 [N] to add to the layer's bias, if it has one.
     """
 
     activation: ActivationQuantizer
-    weight: Callable[[], QuantizedWeight] | None
+    weight: Callable[[], QuantizedWeight | Int8Weight] | None
+    bias_shift: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,17 @@ class ReplaceLinearsPass(ir.passes.InPlacePass, abc.ABC):
                 if decision.weight is None:
                     layer.node.replace_input_with(0, self.dequantized_activation(layer, decision.activation))
                 else:
-                    self.replace(layer, decision.activation, decision.weight)
+                    if decision.bias_shift is not None:
+                        shift_bias(_graph_of(layer), layer, decision.bias_shift)
+                    quantized = decision.weight()
+                    if isinstance(quantized, Int8Weight):
+                        self.replace_int8(
+                            layer, decision.activation, typing_cast(Callable[[], Int8Weight], decision.weight)
+                        )
+                    else:
+                        self.replace(
+                            layer, decision.activation, typing_cast(Callable[[], QuantizedWeight], decision.weight)
+                        )
                 self._on_layer(layer.name)
                 modified = True
         return ir.passes.PassResult(model, modified)
@@ -108,6 +125,23 @@ class ReplaceLinearsPass(ir.passes.InPlacePass, abc.ABC):
         self, layer: LinearLayer, quantizer: ActivationQuantizer, weight: Callable[[], QuantizedWeight]
     ) -> None:
         """Replace `layer` by its quantized form."""
+
+    @abc.abstractmethod
+    def replace_int8(
+        self, layer: LinearLayer, quantizer: ActivationQuantizer, weight: Callable[[], Int8Weight]
+    ) -> None:
+        """Replace `layer` by its form with an int8 weight."""
+
+    def dequantized_matmul(self, layer: LinearLayer, activation: ir.Value, weight: Callable[[], Int8Weight]) -> None:
+        """MatMul(X, W) -> MatMul(activation, DequantizeLinear(int8 W)), a scale per column."""
+        graph = _graph_of(layer)
+        integers, scale = add_int8_weight(graph, layer.name, weight, weight())
+        name = f"{layer.name}.dequantize_weight"
+        dequantize = ir.node("DequantizeLinear", [integers, scale], {"axis": 1}, name=name)
+        dequantize.outputs[0].name = f"{layer.name}.weight"
+        dequantize.outputs[0].type, dequantize.outputs[0].shape = scale.type, integers.shape
+        graph.insert_before(layer.node, [dequantize])
+        self.finish(layer, ir.node("MatMul", [activation, dequantize.outputs[0]], name=layer.name))
 
     def quantized_activation(self, layer: LinearLayer, quantizer: ActivationQuantizer) -> QuantizedActivation:
         """Return the quantized input of `layer`, inserting its quantize node in front of the first reader."""
@@ -152,6 +186,19 @@ def add_weight(
     scale = described.scale
     return (
         add_int4_constant(graph, f"{name}.weight_int4", described.q.shape, lambda: weight().q),
+        add_lazy_constant(
+            graph, f"{name}.weight_scale", ir.DataType.from_numpy(scale.dtype), scale.shape, lambda: weight().scale
+        ),
+    )
+
+
+def add_int8_weight(
+    graph: ir.Graph, name: str, weight: Callable[[], Int8Weight], described: Int8Weight
+) -> tuple[ir.Value, ir.Value]:
+    """The same for an int8 weight."""
+    scale = described.scale
+    return (
+        add_lazy_constant(graph, f"{name}.weight_int8", ir.DataType.INT8, described.q.shape, lambda: weight().q),
         add_lazy_constant(
             graph, f"{name}.weight_scale", ir.DataType.from_numpy(scale.dtype), scale.shape, lambda: weight().scale
         ),

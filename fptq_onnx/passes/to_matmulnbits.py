@@ -12,6 +12,7 @@ from fptq_onnx.graph.linears import LinearLayer
 from fptq_onnx.passes.editing import add_lazy_constant
 from fptq_onnx.passes.replace_linears import ActivationQuantizer, ReplaceLinearsPass
 from fptq_onnx.quantization.int4 import QuantizedWeight
+from fptq_onnx.quantization.int8 import Int8Weight
 
 __all__ = ["ToMatMulNBitsPass"]
 
@@ -68,6 +69,12 @@ class ToMatMulNBitsPass(ReplaceLinearsPass):
             "MatMulNBits", [layer.activation, integers, scale], attributes, domain=MICROSOFT, name=layer.name
         )
         self.finish(layer, matmul)
+
+    def replace_int8(
+        self, layer: LinearLayer, quantizer: ActivationQuantizer, weight: Callable[[], Int8Weight]
+    ) -> None:
+        """Dequantize an int8 weight and multiply in float: the operator holds int4 only."""
+        self.dequantized_matmul(layer, layer.activation, weight)
 
 
 def _packed(q: np.ndarray, block: int) -> np.ndarray:

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from fptq_onnx.graph.linears import LinearLayer
 from fptq_onnx.passes.replace_linears import ActivationQuantizer, ReplaceLinearsPass, add_weight
 from fptq_onnx.quantization.int4 import QuantizedWeight
+from fptq_onnx.quantization.int8 import Int8Weight
 
 __all__ = ["ToQdqPass"]
 
@@ -39,3 +40,9 @@ class ToQdqPass(ReplaceLinearsPass):
         dequantize.outputs[0].type, dequantize.outputs[0].shape = scale.type, integers.shape
         graph.insert_before(layer.node, [dequantize])
         self.finish(layer, ir.node("MatMul", [activation, dequantize.outputs[0]], name=layer.name))
+
+    def replace_int8(
+        self, layer: LinearLayer, quantizer: ActivationQuantizer, weight: Callable[[], Int8Weight]
+    ) -> None:
+        """Dequantize an int8 weight and multiply in float."""
+        self.dequantized_matmul(layer, self.dequantized_activation(layer, quantizer), weight)

@@ -13,7 +13,7 @@ from fptq_onnx.graph.constants import constant_shape, evaluate_path, root_initia
 from fptq_onnx.graph.linears import LinearLayer
 from fptq_onnx.passes.editing import add_lazy_constant
 
-__all__ = ["replace_constant", "replace_weight"]
+__all__ = ["replace_constant", "replace_weight", "shift_bias"]
 
 Float32 = npt.NDArray[np.float32]
 Transform = Callable[[Float32], npt.NDArray[Any]]
@@ -75,3 +75,20 @@ def replace_constant(
     if root.name is not None and root.name in graph.initializers and not root.uses() and not root.is_graph_output():
         del graph.initializers[root.name]
     return value
+
+
+def shift_bias(graph: ir.Graph, layer: LinearLayer, shift: Float32) -> bool:
+    """Add ``shift``, float32 [N], to the bias of a layer; False, and nothing done, if it has none."""
+    if layer.bias is None:
+        return False
+    if layer.bias_node is not None:
+        node, step = layer.bias_node, shift
+        index = next(i for i, value in enumerate(node.inputs) if root_initializer(value) is not None)
+    else:
+        node, index = layer.node, 2
+        beta = layer.node.attributes.get_float("beta", 1.0)
+        if beta == 0:
+            return False
+        step = shift / np.float32(beta)
+    replace_constant(graph, node, index, "corrected", lambda bias: bias.reshape(-1) + step, (layer.n,))
+    return True

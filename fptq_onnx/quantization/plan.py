@@ -16,7 +16,7 @@ from fptq_onnx.quantization.policy import EqualizationMethod, Scheme
 
 __all__ = ["LayerPlan", "Plan", "WeightMethod"]
 
-WeightMethod = Literal["float"] | Grid
+WeightMethod = Literal["float", "int8"] | Grid
 _FORMAT = 1
 _STRICT = ConfigDict(extra="forbid")
 # What describes the model rather than a choice; editing it would silently change nothing or break the conversion.
@@ -38,8 +38,8 @@ class LayerPlan:
         activation_range: Range v of that value in calibration, before equalization; None if it was not observed.
         scheme: How the activation becomes int8. Editable; the same for all layers that read one activation.
         equalization: "none", "lae" or "smoothquant". Editable, likewise shared; goes with scheme "equalized-static".
-        weight_method: "float" or an int4 grid. Editable; "float" leaves the layer's weight as it is.
-        group_size: Rows of the weight that share a scale. Editable.
+        weight_method: "float", "int8" or an int4 grid. Editable; "float" leaves the layer's weight as it is.
+        group_size: Rows of an int4 weight that share a scale. Editable.
         reason: Why, in words.
     """
 

@@ -32,6 +32,7 @@ class InputMoments:
         seen: float64 [K, K], X'^T X'.
         cross: float64 [K, K], X'^T X; ``seen`` itself while no float inputs were given.
         reference: float64 [K, K], X^T X; likewise.
+        total: float64 [K], the sum of the rows seen, none of them capped.
         tokens: Rows summed.
     """
 
@@ -41,6 +42,7 @@ class InputMoments:
         self.paired = paired
         self.cross: Float64 = np.zeros((k, k)) if paired else self.seen
         self.reference: Float64 = np.zeros((k, k)) if paired else self.seen
+        self.total: Float64 = np.zeros(k)
         self.tokens = 0
 
     def update(self, seen: FloatArray, reference: FloatArray | None = None) -> None:
@@ -57,7 +59,14 @@ class InputMoments:
                 y = exact[start : start + _CHUNK_ROWS]
                 self.cross += x.T @ y
                 self.reference += y.T @ y
+        self.total += rows.sum(axis=0, dtype=np.float64)
         self.tokens += len(rows)
+
+    def output_shift(self, weight: Float32, quantized: Float32) -> Float32:
+        """Mean of X' (W - Q) over the tokens seen, float32 [N]: what a bias has to make up for."""
+        mean = self.total / max(self.tokens, 1)
+        shift: Float32 = (mean @ (weight.astype(np.float64) - quantized)).astype(np.float32)
+        return shift
 
     def output_error(self, weight: Float32, quantized: Float32) -> float:
         """||X W - X' Q||^2 / ||X W||^2 for W, Q [K, N]; 0 for 0/0."""

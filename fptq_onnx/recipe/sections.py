@@ -133,6 +133,10 @@ class WeightRecipe(Section):
     """"integer": the scales of a column are base * i with |i| in 1..15, so that kernels can accumulate all of K in one
     int32 (QoQ's two-level scales, arXiv 2405.04532)."""
 
+    bias_correction: bool = False
+    """Shift each bias by what rounding the weight moves the mean of the layer's output (arXiv 1906.04721). Layers
+    without a bias are left alone: an Add of their own would cost time."""
+
     def block_size(self, k: int) -> int:
         """Rows per scale for a weight of ``k`` rows."""
         return k if self.group_size == "channel" else self.group_size
@@ -140,7 +144,9 @@ class WeightRecipe(Section):
     @property
     def needs_moments(self) -> bool:
         """Whether quantizing a weight takes the second moments of its inputs."""
-        return self.format == "int4" and (self.rounding == "gptq" or self.grid == "weighted_clip")
+        return self.format == "int4" and (
+            self.rounding == "gptq" or self.grid == "weighted_clip" or self.bias_correction
+        )
 
     @property
     def scale_max_multiple(self) -> int:
@@ -158,8 +164,13 @@ class LayersRecipe(Section):
     exclude: tuple[str, ...] = ()
     """Regular expressions of layers that stay float although included."""
 
-    lm_head: Literal["float", "int4"] = "float"
-    """The output projection. FPTQ, like most W4A8 work, quantizes the decoder blocks only."""
+    lm_head: Literal["float", "int8", "int4"] = "float"
+    """The output projection: float as FPTQ leaves it, int8 with a scale per token of the vocabulary, or int4 like the
+    other layers."""
+
+    embedding: Literal["float", "int8"] = "float"
+    """The table that token ids are looked up in. With an int8 head of the same (tied) weights the file holds one int8
+    table for both."""
 
     @field_validator("include", "exclude")
     @classmethod
@@ -170,6 +181,12 @@ class LayersRecipe(Section):
             except re.error as error:
                 raise ValueError(f"{pattern!r} is not a regular expression ({error})") from None
         return patterns
+
+    def weight_method(self, role: str, weights: WeightRecipe) -> Grid | Literal["float", "int8"]:
+        """How the weight of a layer that takes part is stored."""
+        if weights.format == "float":
+            return "float"
+        return "int8" if role == "lm_head" and self.lm_head == "int8" else weights.grid
 
     def why_left_out(self, label: str, name: str, role: str) -> str | None:
         """Why a layer stays float, or None if it is to be quantized."""

@@ -8,6 +8,7 @@ from typing import Any
 import numpy.typing as npt
 
 from fptq_onnx.quantization.int4 import QuantizedWeight
+from fptq_onnx.quantization.int8 import Int8Weight
 from fptq_onnx.quantization.packing import pack_int4, unpack_int4
 from fptq_onnx.storage.work_dir import WorkDir
 
@@ -26,7 +27,7 @@ class StoredWeights:
     def __init__(self, work: WorkDir | None) -> None:
         """Nothing is stored yet; what an earlier process stored is found by `restore`."""
         self._work = work
-        self._held: dict[str, QuantizedWeight] = {}
+        self._held: dict[str, QuantizedWeight | Int8Weight] = {}
         self._places: dict[str, tuple[str, dict[str, Any]]] = {}
 
     def restore(self, record: str) -> tuple[dict[str, Array], dict[str, Any]] | None:
@@ -40,7 +41,7 @@ class StoredWeights:
     def put(
         self,
         record: str,
-        weights: Mapping[str, QuantizedWeight],
+        weights: Mapping[str, QuantizedWeight | Int8Weight],
         arrays: Mapping[str, Array],
         notes: Mapping[str, Any],
     ) -> None:
@@ -58,7 +59,12 @@ class StoredWeights:
         stored: dict[str, Array] = dict(arrays)
         described = {}
         for number, (name, weight) in enumerate(weights.items()):
-            stored[f"q.{number}"], stored[f"scale.{number}"] = pack_int4(weight.q), weight.scale
+            stored[f"scale.{number}"] = weight.scale
+            if isinstance(weight, Int8Weight):
+                stored[f"q.{number}"] = weight.q
+                described[name] = {"number": number, "shape": list(weight.q.shape), "block_size": 0}
+                continue
+            stored[f"q.{number}"] = pack_int4(weight.q)
             described[name] = {
                 "number": number,
                 "shape": list(weight.q.shape),
@@ -68,7 +74,7 @@ class StoredWeights:
         self._work.save(record, stored, {"weights": described, "also": dict(notes)})
         self._index(record, described)
 
-    def get(self, name: str) -> QuantizedWeight:
+    def get(self, name: str) -> QuantizedWeight | Int8Weight:
         """The weight of a layer, read from disk each time if it lies there."""
         if name in self._held:
             return self._held[name]
@@ -76,6 +82,8 @@ class StoredWeights:
         assert self._work is not None
         packed = self._work.read(record, f"q.{about['number']}")
         scale = self._work.read(record, f"scale.{about['number']}")
+        if not about["block_size"]:
+            return Int8Weight(packed, scale)
         rows, columns = about["shape"]
         return QuantizedWeight(
             unpack_int4(packed, (rows, columns)), scale, about["block_size"], about["scale_max_multiple"]

@@ -1,0 +1,80 @@
+"""The rows of the ablation: which recipe each one converts with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["ENCODER_ROWS", "LANGUAGE_ROWS", "Row"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        name: Short name, that of its file.
+        title: What the table calls it.
+        recipe: The packaged recipe it starts from; None for the float model itself.
+        changes: Fields set on top.
+    """
+
+    name: str
+    title: str
+    recipe: str | None
+    changes: dict[str, Any]
+
+
+# Each step keeps the changes of the steps above it.
+STEPS: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
+    ("paper", "FPTQ as published (int4 absmax/7, g128, LAE, 15/150)", {}),
+    ("signed8", "+ int4 on -8..7 with signed scales", {"weights.grid": "signed8"}),
+    ("weighted-clip", "+ clip search weighed by the inputs", {"weights.grid": "weighted_clip"}),
+    ("rotation", "+ Hadamard rotation of stream and heads", {"rotation.residual": True, "rotation.heads": True}),
+    ("gptq", "+ GPTQ in activation order", {"weights.rounding": "gptq"}),
+    ("mse-range", "+ static ranges of least squared error", {"activations.static_range": "mse"}),
+    ("two-buckets", "+ per token from 15 on, no equalized bucket", {"activations.v1": 15}),
+    ("integer-scales", "+ integer scales (balanced)", {"weights.scales": "integer"}),
+)
+
+
+def _chain() -> list[Row]:
+    rows, so_far = [Row("float", "float32", None, {})], dict[str, Any]()
+    for name, title, changes in STEPS:
+        so_far = so_far | dict(changes)
+        rows.append(Row(name, title, "paper", so_far))
+    return rows
+
+
+_BALANCED = _chain()[-1].changes
+
+
+def _instead(name: str, title: str, changes: Mapping[str, Any]) -> Row:
+    """A variant of the last step of the chain."""
+    return Row(name, title, "paper", _BALANCED | dict(changes))
+
+
+_PER_TOKEN = {"activations.scheme": "per-token"}
+
+_INT8_TABLE = {"layers.lm_head": "int8", "layers.embedding": "int8"}
+
+LANGUAGE_ROWS: tuple[Row, ...] = (
+    *_chain(),
+    _instead("int8-head", "+ int8 head and embedding, one table", _INT8_TABLE),
+    _instead("per-token", "the same, every activation per token", _INT8_TABLE | _PER_TOKEN),
+    _instead("g64", "the same, groups of 64", _INT8_TABLE | _PER_TOKEN | {"weights.group_size": 64}),
+)
+
+ENCODER_ROWS: tuple[Row, ...] = (
+    *_chain(),
+    _instead("int8-embedding", "+ int8 embedding", {"layers.embedding": "int8"}),
+    _instead("bias-correction", "+ bias correction", {"layers.embedding": "int8", "weights.bias_correction": True}),
+    _instead(
+        "asymmetric",
+        "+ asymmetric static activations",
+        {"layers.embedding": "int8", "weights.bias_correction": True, "activations.symmetric": False},
+    ),
+    _instead("per-token", "balanced, every activation per token", _PER_TOKEN),
+    _instead("g64", "balanced, per token, groups of 64 (accurate)", _PER_TOKEN | {"weights.group_size": 64}),
+)

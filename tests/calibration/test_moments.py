@@ -52,6 +52,8 @@ def test_equals_numpy_and_splits_every_fourth_batch_off(cap: float) -> None:
     fit = [batch for i, batch in enumerate(batches) if (i + 1) % HELD_OUT_EVERY]
     np.testing.assert_allclose(got.fit.seen, expected(fit, cap), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(got.held_out.seen, expected(held_out, cap), rtol=1e-5, atol=1e-5)
+    plain = sum(np.maximum(batch, 0).reshape(-1, K).sum(axis=0, dtype=np.float64) for batch in fit)
+    np.testing.assert_allclose(got.fit.total, plain, rtol=1e-5)
     assert got.fit.tokens == sum(batch.shape[0] * batch.shape[1] for batch in fit)
     assert got.held_out.tokens == sum(batch.shape[0] * batch.shape[1] for batch in held_out)
 

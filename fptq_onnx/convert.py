@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import onnx_ir as ir
 import onnx_ir.passes.common
@@ -25,20 +25,14 @@ from fptq_onnx.graph.model_file import load_model, save_model, source_files
 from fptq_onnx.graph.opset import ensure_opset
 from fptq_onnx.graph.output_files import refuse_overwriting, staged, write_text
 from fptq_onnx.graph.segments import find_segments
-from fptq_onnx.passes.add_functions import AddFunctionsPass
 from fptq_onnx.passes.apply_equalization import AppliedScale
-from fptq_onnx.passes.inline_functions import InlineFunctionsPass
-from fptq_onnx.passes.quantize_embedding import QuantizeEmbeddingPass
-from fptq_onnx.passes.replace_linears import LayerQuantization, ReplaceLinearsPass
-from fptq_onnx.passes.to_matmulnbits import ToMatMulNBitsPass
-from fptq_onnx.passes.to_qdq import ToQdqPass
-from fptq_onnx.passes.to_w4a8 import ToW4A8Pass
 from fptq_onnx.planning import GroupDecision, decide_groups, make_plan, observed_groups
 from fptq_onnx.progress import Progress, SilentProgress
 from fptq_onnx.quantization.plan import LayerPlan, Plan
 from fptq_onnx.quantizing import equalize, quantize_layers, rotate
 from fptq_onnx.recipe import Recipe
 from fptq_onnx.report import LayerReport, Report, SkippedReport, Stopwatch, is_report, peak_memory_bytes, versions
+from fptq_onnx.rewriting import PASSES, Format, rewrite
 from fptq_onnx.runtime import PROVIDERS, Provider, check_provider
 from fptq_onnx.verification import compare_layers, compare_models
 
@@ -46,13 +40,6 @@ __all__ = ["Format", "convert", "default_output"]
 
 logger = logging.getLogger(__name__)
 
-Format = Literal["custom", "matmulnbits", "qdq"]
-
-PASSES: dict[Format, type[ReplaceLinearsPass]] = {
-    "custom": ToW4A8Pass,
-    "matmulnbits": ToMatMulNBitsPass,
-    "qdq": ToQdqPass,
-}
 RECIPE_KEY = "fptq.recipe"
 _PATH = (str, os.PathLike)
 
@@ -175,8 +162,8 @@ def convert(
         quantized = quantize_layers(
             graph.model, segments, decisions, entries, statistics, applied, settings, data, progress
         )
-        _rewrite(graph.model, quantized.layers, output_format)
-        report.embedding = _quantize_embedding(graph.model, settings)
+        int8_embedding = settings.layers.embedding == "int8"
+        report.embedding = rewrite(graph.model, quantized.layers, output_format, int8_embedding=int8_embedding)
         graph.model.metadata_props[RECIPE_KEY] = json.dumps(settings.resolved())
         _complete_layers(report, graph.model, applied, quantized.methods, decisions)
     refuse_overwriting((target, Path(f"{target}.data")), source_files(graph.model))
@@ -315,24 +302,6 @@ def _finish(report: Report, watch: Stopwatch) -> Report:
     report.seconds = watch.seconds
     report.peak_memory_bytes = peak_memory_bytes()
     return report
-
-
-def _rewrite(model: ir.Model, quantization: Mapping[str, LayerQuantization], output_format: Format) -> None:
-    PASSES[output_format](quantization)(model)
-    AddFunctionsPass()(model)
-    if output_format == "qdq":
-        InlineFunctionsPass()(model)
-    onnx_ir.passes.common.RemoveUnusedNodesPass()(model)
-
-
-def _quantize_embedding(model: ir.Model, settings: Recipe) -> str:
-    """Quantize the embedding table if the recipe says so; what became of it."""
-    if settings.layers.embedding == "float":
-        return "float"
-    embedding = QuantizeEmbeddingPass()
-    embedding(model)
-    onnx_ir.passes.common.RemoveUnusedNodesPass()(model)
-    return embedding.outcome
 
 
 def _layer_report(layer: LinearLayer, entry: LayerPlan) -> LayerReport:

@@ -13,7 +13,7 @@ from fptq_onnx.recipe import Recipe
 
 def test_paper_is_the_publication():
     recipe = Recipe.load("paper")
-    assert recipe.policy() == PolicySettings(v0=15, v1=150, scheme=None, equalization="lae")
+    assert recipe.policy() == PolicySettings(15, 150, scheme=None, equalization="lae", scale_bits=8)
     assert (recipe.weights.grid, recipe.weights.group_size, recipe.weights.format) == ("absmax7", 128, "int4")
     assert recipe.layers.lm_head == "float"
     # unset fields of a user's recipe mean the publication

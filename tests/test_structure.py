@@ -40,6 +40,7 @@ ALLOWED = {
         "passes",
         "planning",
     },
+    "rewriting": {"passes"},
     "evaluation": {"errors", "progress", "graph", "calibration", "runtime"},
     "genai": {"errors", "graph", "ops", "report"},
     "generation": {"errors", "graph", "evaluation", "genai"},

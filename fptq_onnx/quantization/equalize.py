@@ -7,7 +7,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["equalized_absmax", "lae_scale", "producer_scale", "scale_rows", "smoothquant_scale", "tie"]
+__all__ = [
+    "equalized_absmax",
+    "lae_scale",
+    "producer_scale",
+    "round_mantissa",
+    "scale_rows",
+    "smoothquant_scale",
+    "tie",
+]
 
 FloatArray = npt.NDArray[np.floating[Any]]
 Float32 = npt.NDArray[np.float32]
@@ -58,6 +66,17 @@ def _finish(s: npt.NDArray[np.float64], dead: npt.NDArray[np.bool_], floor: floa
         return np.ones(s.shape, np.float32)
     smallest = max(floor * float(np.median(live)), float(np.finfo(np.float32).tiny))
     return np.where(dead, 1.0, np.maximum(s, smallest)).astype(np.float32)
+
+
+def round_mantissa(scale: FloatArray, bits: int) -> Float32:
+    """Round scales, > 0, to ``bits`` significant bits.
+
+    Statistics that differ in their last bits, as those of two exports of one model do, then give the same scales, and
+    with them the same int4 weights.
+    """
+    mantissa, exponent = np.frexp(np.asarray(scale, np.float64))
+    rounded: Float32 = np.ldexp(np.rint(np.ldexp(mantissa, bits)), exponent - bits).astype(np.float32)
+    return rounded
 
 
 def tie(scale: FloatArray, channel_map: npt.NDArray[np.integer[Any]]) -> Float32:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from fptq_onnx.quantization.equalize import equalized_absmax, lae_scale, smoothquant_scale
+from fptq_onnx.quantization.equalize import equalized_absmax, lae_scale, round_mantissa, smoothquant_scale
 
 __all__ = ["Decision", "EqualizationMethod", "PolicySettings", "Scheme", "activation_range", "choose_scheme", "decide"]
 
@@ -45,6 +45,7 @@ class PolicySettings:
         equalization: The scale of the middle bucket.
         alpha: SmoothQuant's exponent.
         floor: Smallest equalization scale as a fraction of the median.
+        scale_bits: Significant bits of equalization scales, 0 for all.
     """
 
     v0: float = 15.0
@@ -54,6 +55,7 @@ class PolicySettings:
     equalization: EqualizationMethod = "lae"
     alpha: float = 0.5
     floor: float = 1e-2
+    scale_bits: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,10 +160,12 @@ def _equalization_scale(
     channel_absmax: FloatArray, weight_absmax: FloatArray | None, settings: PolicySettings
 ) -> Float32:
     if settings.equalization == "lae":
-        return lae_scale(channel_absmax, settings.floor)
-    if weight_absmax is None:
+        scale = lae_scale(channel_absmax, settings.floor)
+    elif weight_absmax is None:
         raise ValueError("equalization 'smoothquant' needs the weights' per-channel maxima")
-    return smoothquant_scale(channel_absmax, weight_absmax, settings.alpha, settings.floor)
+    else:
+        scale = smoothquant_scale(channel_absmax, weight_absmax, settings.alpha, settings.floor)
+    return round_mantissa(scale, settings.scale_bits) if settings.scale_bits else scale
 
 
 def _spread(channel_absmax: FloatArray) -> float:

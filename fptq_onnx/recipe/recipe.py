@@ -130,4 +130,4 @@ class Recipe(Section):
         """The part of the recipe that the activation policy reads."""
         a, e = self.activations, self.equalization
         scheme = None if a.scheme == "policy" else Scheme(a.scheme)
-        return PolicySettings(a.v0, a.v1, a.range, scheme, e.method, e.alpha, e.floor)
+        return PolicySettings(a.v0, a.v1, a.range, scheme, e.method, e.alpha, e.floor, e.scale_bits)

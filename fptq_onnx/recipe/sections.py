@@ -83,6 +83,10 @@ class EqualizationRecipe(Section):
     """Smallest scale as a fraction of the median scale, so that channels silent in calibration are not amplified
     without bound."""
 
+    scale_bits: int = Field(default=8, ge=0, le=24)
+    """Significant bits that the scales keep, 0 for all: exports of one model whose statistics differ in the last bits
+    then get the same weights. Eight bits move a scale by 0.4 per cent at most."""
+
 
 class RotationRecipe(Section):
     """Orthogonal changes of coordinates that spread outlier channels, folded into the weights before calibration.

@@ -8,6 +8,7 @@ from fptq_onnx.quantization.equalize import (
     equalized_absmax,
     lae_scale,
     producer_scale,
+    round_mantissa,
     scale_rows,
     smoothquant_scale,
     tie,
@@ -88,3 +89,17 @@ def test_tie_over_repeated_heads(scale):
     np.testing.assert_array_equal(tied.reshape(3, 4), np.broadcast_to(scale.reshape(3, 4).max(axis=0), (3, 4)))
     np.testing.assert_array_equal(producer_scale(scale, channel_map, 6), [*scale.reshape(3, 4).max(axis=0), 1, 1])
     np.testing.assert_array_equal(tie(tied, channel_map), tied)
+
+
+magnitudes = hnp.arrays(np.float32, 20, elements=st.floats(2.0**-100, 2.0**100, width=32))
+
+
+@given(magnitudes, st.integers(1, 8), st.integers(-3, 3))
+def test_rounded_scales_ignore_last_bits(scale, bits, ulps):
+    rounded = round_mantissa(scale, bits)
+    assert (np.abs(rounded / scale.astype(np.float64) - 1) <= 2.0**-bits).all()
+    np.testing.assert_array_equal(round_mantissa(rounded, bits), rounded)
+    nudged = (scale.view(np.int32) + ulps).view(np.float32)
+    digits = np.ldexp(np.frexp(scale.astype(np.float64))[0], bits)
+    on_border = np.abs(digits - np.floor(digits) - 0.5) < 1e-4
+    np.testing.assert_array_equal(round_mantissa(nudged, bits)[~on_border], rounded[~on_border])

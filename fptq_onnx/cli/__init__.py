@@ -14,6 +14,7 @@ for _command in (
     "generate",
     "package",
     "bench",
+    "doctor",
 ):
     importlib.import_module(f"fptq_onnx.cli.{_command}")
 

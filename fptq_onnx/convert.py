@@ -60,6 +60,7 @@ def convert(
     output_format: Format = "custom",
     exclude: Sequence[str] = (),
     plan: Plan | str | os.PathLike[str] | None = None,
+    fuse: bool = False,
     dry_run: bool = False,
     verify_tokens: int = 2048,
     max_kl: float | None = None,
@@ -84,6 +85,8 @@ def convert(
             float activations), "qdq" (the same rounding simulated in standard operators).
         exclude: Regular expressions; layers whose label or node name they match stay float, on top of the recipe's.
         plan: An edited plan (or its path) whose decisions replace the policy's.
+        fuse: Put norms and SiLU into one op with the quantization behind them, see `FuseQuantizePass`. Faster on CPU;
+            the ops have CPU kernels only.
         dry_run: Calibrate and plan only; write `<output>.plan.json` and no model.
         verify_tokens: Tokens of the calibration data to compare the saved model with the float one on; 0 skips it.
         max_kl: Largest mean KL divergence in nats per token; overrides the recipe's.
@@ -111,7 +114,7 @@ def convert(
     edited = plan if isinstance(plan, Plan) or plan is None else Plan.load(os.fspath(plan))
     limit = max_kl if max_kl is not None else settings.verification.max_kl
     read = [source, *(Path(os.fspath(p)) for p in (calibration, tokenizer, plan, recipe) if isinstance(p, _PATH))]
-    _check_request(source, target, output_format, limit, verify_tokens)
+    _check_request(source, target, output_format, fuse, limit, verify_tokens)
     _check_output(target, dry_run, [*read, *_beside(source)])
     check_provider(provider, register_library=output_format == "custom" and verify_tokens > 0)
     watch, progress = Stopwatch(), progress or SilentProgress()
@@ -163,7 +166,9 @@ def convert(
             graph.model, segments, decisions, entries, statistics, applied, settings, data, progress
         )
         int8_embedding = settings.layers.embedding == "int8"
-        report.embedding = rewrite(graph.model, quantized.layers, output_format, int8_embedding=int8_embedding)
+        report.embedding = rewrite(
+            graph.model, quantized.layers, output_format, int8_embedding=int8_embedding, fuse=fuse
+        )
         graph.model.metadata_props[RECIPE_KEY] = json.dumps(settings.resolved())
         _complete_layers(report, graph.model, applied, quantized.methods, decisions)
     refuse_overwriting((target, Path(f"{target}.data")), source_files(graph.model))
@@ -190,12 +195,16 @@ def convert(
     return report
 
 
-def _check_request(source: Path, target: Path, output_format: str, max_kl: float | None, verify_tokens: int) -> None:
+def _check_request(
+    source: Path, target: Path, output_format: str, fuse: bool, max_kl: float | None, verify_tokens: int
+) -> None:
     """Refuse before the long work what could only fail after it."""
     if not target.parent.is_dir():
         raise ModelError(str(target), "its folder does not exist", "Create the folder")
     if output_format not in PASSES:
         raise RecipeError(f"format {output_format!r}", "it is unknown", f"Use {', '.join(PASSES)}")
+    if fuse and output_format != "custom":
+        raise RecipeError("fuse", f"the format {output_format} has no fused ops", "Use the format custom")
     if max_kl is not None and not verify_tokens:
         raise RecipeError("max_kl", "without verification there is no KL to hold against it", "Verify some tokens")
 

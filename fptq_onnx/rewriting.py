@@ -9,6 +9,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common
 
 from fptq_onnx.passes.add_functions import AddFunctionsPass
+from fptq_onnx.passes.fuse_quantize import FuseQuantizePass
 from fptq_onnx.passes.inline_functions import InlineFunctionsPass
 from fptq_onnx.passes.quantize_embedding import QuantizeEmbeddingPass
 from fptq_onnx.passes.replace_linears import LayerQuantization, ReplaceLinearsPass
@@ -28,7 +29,12 @@ PASSES: dict[Format, type[ReplaceLinearsPass]] = {
 
 
 def rewrite(
-    model: ir.Model, quantization: Mapping[str, LayerQuantization], output_format: Format, *, int8_embedding: bool
+    model: ir.Model,
+    quantization: Mapping[str, LayerQuantization],
+    output_format: Format,
+    *,
+    int8_embedding: bool,
+    fuse: bool = False,
 ) -> str:
     """Replace the linear layers and, if asked to, the embedding table, in place.
 
@@ -37,11 +43,14 @@ def rewrite(
         quantization: What was decided, by node name.
         output_format: See `convert`.
         int8_embedding: Quantize the table that token ids are looked up in.
+        fuse: Put norms and SiLU into one op with the quantization behind them.
 
     Returns:
         What became of the embedding table, for the report.
     """
     PASSES[output_format](quantization)(model)
+    if fuse:
+        FuseQuantizePass()(model)
     AddFunctionsPass()(model)
     if output_format == "qdq":
         InlineFunctionsPass()(model)

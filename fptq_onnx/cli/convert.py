@@ -70,6 +70,9 @@ def convert(
     plan: Annotated[
         Path | None, typer.Option("--plan", help="Edited plan from --dry-run to carry out.", show_default=False)
     ] = None,
+    fuse: Annotated[
+        bool, typer.Option("--fuse", help="One op for a norm or SiLU and the quantization behind it: faster, CPU only.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Calibrate, write OUTPUT's .plan.json and stop.")] = False,
     verify_tokens: Annotated[
         int, typer.Option("--verify-tokens", min=0, help="Tokens to compare with the float model; 0 skips it.")
@@ -95,6 +98,7 @@ def convert(
             output_format=output_format.value,
             exclude=exclude,
             plan=plan,
+            fuse=fuse,
             dry_run=dry_run,
             verify_tokens=verify_tokens,
             max_kl=max_kl,

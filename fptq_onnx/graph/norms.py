@@ -35,6 +35,7 @@ class Norm:
         weight: Root initializer of the weight [K].
         bias: Root initializer of the bias [K], or None.
         residual: For the Skip operators the sum that goes on along the residual stream, where it is an output.
+        epsilon: Added to the mean square (or variance).
     """
 
     kind: Literal["rms", "layer"]
@@ -45,6 +46,7 @@ class Norm:
     weight: ir.Value
     bias: ir.Value | None
     residual: ir.Value | None
+    epsilon: float
 
 
 def find_norms(model: ir.Model) -> list[Norm]:
@@ -67,14 +69,21 @@ def normalized_input(value: ir.Value) -> ir.Value | None:
     Accepts x * r and x / d where r and d come from ReduceMean over the squares of x (Pow or Mul) through Add, Sqrt or
     Pow, Reciprocal or Div, and Cast.
     """
+    found = _normalized(value)
+    return None if found is None else found[0]
+
+
+def _normalized(value: ir.Value) -> tuple[ir.Value, float] | None:
+    """Return x of `normalized_input` and the epsilon."""
     node = _producer(value)
     if node is None or node.op_type not in ("Mul", "Div") or len(node.inputs) != 2:
         return None
     for data in (0, 1) if node.op_type == "Mul" else (0,):
         x = node.inputs[data]
         exponent = -0.5 if node.op_type == "Mul" else 0.5
-        if x is not None and _is_power_of_mean_square(node.inputs[1 - data], x, exponent):
-            return x
+        epsilon = None if x is None else _power_of_mean_square(node.inputs[1 - data], x, exponent)
+        if x is not None and epsilon is not None:
+            return x, epsilon
     return None
 
 
@@ -95,6 +104,7 @@ def _fused(node: ir.Node) -> Norm | None:
         weight[0],
         bias[0] if bias else None,
         node.outputs[3] if has_sum else None,
+        node.attributes.get_float("epsilon", 1e-12 if skip else 1e-5),
     )
 
 
@@ -106,15 +116,16 @@ def _exploded(node: ir.Node) -> Norm | None:
         if weight is None or len(constant_shape(*weight)) != 1:
             continue
         normalized = _through_cast(node.inputs[1 - side])
-        x = None if normalized is None else normalized_input(normalized)
-        if x is None:
+        found = None if normalized is None else _normalized(normalized)
+        if found is None:
             return None
+        x, epsilon = found
         x, centred = _uncentred(_through_cast(x) or x)
         output, bias = node.outputs[0], None
         if centred:
             output, bias = _bias_after(output)
         kind: Literal["rms", "layer"] = "layer" if centred else "rms"
-        return Norm(kind, False, node, x, output, weight[0], bias, None)
+        return Norm(kind, False, node, x, output, weight[0], bias, None, epsilon)
     return None
 
 
@@ -137,13 +148,13 @@ def _uncentred(x: ir.Value) -> tuple[ir.Value, bool]:
     return x, False
 
 
-def _is_power_of_mean_square(value: ir.Value | None, x: ir.Value, wanted: float) -> bool:
-    """Whether a value is (mean(x^2) + epsilon) to the power ``wanted``."""
-    power = 1.0
+def _power_of_mean_square(value: ir.Value | None, x: ir.Value, wanted: float) -> float | None:
+    """Return epsilon when a value is (mean(x^2) + epsilon) to the power ``wanted``, else None."""
+    power, epsilon = 1.0, 0.0
     for _ in range(8):
         node = None if value is None else _producer(value)
         if node is None or not node.inputs or node.inputs[0] is None:
-            return False
+            return None
         value = node.inputs[0]
         if node.op_type == "Sqrt":
             power *= 0.5
@@ -154,15 +165,15 @@ def _is_power_of_mean_square(value: ir.Value | None, x: ir.Value, wanted: float)
         elif node.op_type == "Div" and _scalar(value) == 1.0:
             power *= -1.0
             value = node.inputs[1]
-        elif node.op_type == "Add" and _scalar(value) is not None:  # epsilon
-            value = node.inputs[1]
+        elif node.op_type == "Add" and (addend := _scalar(value)) is not None:
+            epsilon, value = epsilon + addend, node.inputs[1]
+        elif node.op_type == "Add" and (addend := _scalar(node.inputs[1])) is not None:
+            epsilon += addend
         elif node.op_type == "ReduceMean":
-            return power == wanted and _is_square(value, x)
-        elif node.op_type not in ("Cast", "Identity") and not (
-            node.op_type == "Add" and _scalar(node.inputs[1]) is not None
-        ):
-            return False
-    return False
+            return epsilon if power == wanted and _is_square(value, x) else None
+        elif node.op_type not in ("Cast", "Identity"):
+            return None
+    return None
 
 
 def _scalar(value: ir.Value | None) -> float | None:

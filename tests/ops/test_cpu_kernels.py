@@ -1,18 +1,11 @@
-"""The CPU kernels of every instruction set, chosen through FPTQ_CPU_ISA, and the memory that a session holds."""
+"""The CPU kernels of every instruction set, chosen through FPTQ_CPU_ISA."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
-import ml_dtypes
 import numpy as np
-import onnx_ir as ir
 import op_models
 import pytest
 
-from fptq_onnx import ops
 from fptq_onnx.ops import dynamic_quantize_per_token, w4a8_matmul
 
 
@@ -75,65 +68,3 @@ def test_all_quantizers_give_the_reference(dtype: str, monkeypatch: pytest.Monke
         y, scale = op_models.run(op_models.quantize_model(dtype), {"X": feed})
         np.testing.assert_array_equal(y, expected[0], err_msg=name)
         np.testing.assert_array_equal(scale, expected[1], err_msg=name)
-
-
-_RESIDENT = """
-import sys
-import onnxruntime as ort
-
-def resident():
-    fields = {}
-    for line in open("/proc/self/smaps_rollup"):
-        name, *rest = line.split()
-        fields[name] = rest[0]
-    return int(fields["Rss:"]) * 1024
-
-options = ort.SessionOptions()
-options.register_custom_ops_library(sys.argv[2])
-ort.InferenceSession(sys.argv[1], options)  # pages of the libraries themselves
-options = ort.SessionOptions()
-options.register_custom_ops_library(sys.argv[2])
-before = resident()
-session = ort.InferenceSession(sys.argv[3], options)
-print(resident() - before)
-"""
-
-
-def _save_layers(path: Path, count: int, size: int) -> Path:
-    """`count` products of one activation with different weights [size, size], group 128, in an external file."""
-    rng = np.random.default_rng(0)
-    a = op_models.value("A", ir.DataType.UINT8, ["M", size])
-    a_scale = op_models.value("a_scale", ir.DataType.FLOAT, [])
-    constants = [op_models.constant("zero_point", np.array(128, np.uint8))]
-    nodes = []
-    for i in range(count):
-        weight = rng.integers(-8, 8, (size, size), np.int8).astype(ml_dtypes.int4)
-        operands = [
-            op_models.constant(f"B{i}", weight, ir.DataType.INT4),
-            op_models.constant(f"s{i}", np.ones((size // 128, size), np.float32)),
-        ]
-        node = w4a8_matmul.w4a8_matmul(a, a_scale, constants[0], *operands, block_size=128, name=f"n{i}")
-        node.outputs[0].name = f"Y{i}"
-        nodes.append(node)
-        constants += operands
-    graph = ir.Graph(
-        [a, a_scale],
-        [node.outputs[0] for node in nodes],
-        nodes=nodes,
-        initializers=constants,
-        opset_imports={"": ops.BODY_OPSET, ops.DOMAIN: ops.VERSION},
-        name="layers",
-    )
-    ir.save(ir.Model(graph, ir_version=10), path, external_data=f"{path.name}.data")
-    return path
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_a_session_holds_the_packed_copy_only(tmp_path: Path) -> None:
-    """Resident memory grows by at most 1.15 times the int4 bytes, external data in a memory-mapped file."""
-    layers, size = 6, 4096
-    small = _save_layers(tmp_path / "one.onnx", 1, 256)
-    large = _save_layers(tmp_path / "many.onnx", layers, size)
-    arguments = [sys.executable, "-c", _RESIDENT, str(small), op_models.library_path(), str(large)]
-    grown = int(subprocess.run(arguments, capture_output=True, text=True, check=True).stdout)
-    assert layers * size * size / 2 <= grown <= 1.15 * layers * size * size / 2

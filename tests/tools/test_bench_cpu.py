@@ -1,4 +1,4 @@
-"""The CPU benchmark: its statistics, and a record that the common reader accepts."""
+"""The CPU benchmark: its statistics, and records that the common reader accepts."""
 
 from __future__ import annotations
 
@@ -8,36 +8,70 @@ from itertools import cycle
 from pathlib import Path
 
 import bench_cpu
+import cpu_bench.kernels
+import cpu_bench.records
+import families
 import pytest
+from cpu_bench.timing import measure
+
+COMMON = {"kind", "created", "commit", "command", "machine", "protocol", "rows"}
+
+
+def _record(arguments: list[str], path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    monkeypatch.setattr(sys, "argv", ["bench_cpu.py", *arguments, "--json", str(path)])
+    assert bench_cpu.main() == 0
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert record.keys() >= COMMON
+    return record
 
 
 def test_measure_reports_medians_of_rounds() -> None:
     slow = cycle([0.004, 0.002, 0.003])
-    times = bench_cpu.measure({"slow": lambda: next(slow), "fast": lambda: 0.001}, rounds=4, seconds=0.01)
+    times = measure({"slow": lambda: next(slow), "fast": lambda: 0.001}, rounds=4, seconds=0.01)
     assert times["fast"] == {"median_ms": 1.0, "min_ms": 1.0, "max_ms": 1.0}
     assert 2.0 <= times["slow"]["min_ms"] <= times["slow"]["median_ms"] <= times["slow"]["max_ms"] <= 4.0
 
 
 @pytest.mark.parametrize("cold", [False, True])
-def test_record(
+def test_kernels(
     cold: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / "record.json"
-    arguments = ["--shapes", "64x48", "--rows", "1,3", "--threads", "1", "--rounds", "1", "--seconds", "0.001"]
-    monkeypatch.setattr(sys, "argv", ["bench_cpu.py", *arguments, "--json", str(path), *(["--cold"] if cold else [])])
-    bench_cpu.main()
-    record = json.loads(path.read_text(encoding="utf-8"))
-    assert {"kind", "created", "commit", "command", "protocol", "unavailable", "rows"} <= record.keys()
+    arguments = ["kernels", "--shapes", "64x48", "--rows", "1,3", "--threads", "1", "--rounds", "1"]
+    arguments += ["--seconds", "0.001", *(["--cold"] if cold else [])]
+    record = _record(arguments, tmp_path / "record.json", monkeypatch)
     assert [row["rows"] for row in record["rows"]] == [1, 3]
     for row in record["rows"]:
-        assert list(row["times"]) == list(bench_cpu.MODELS)
+        assert list(row["times"]) == list(cpu_bench.kernels.MODELS)
         assert all(entry["median_ms"] > 0 for entry in row["times"].values())
     assert "64x48" in capsys.readouterr().out
 
 
+def test_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every form of a tiny decoder is written and runs both phases; the profile names the operators that ran."""
+    source = families.model("llama", families.GENAI_FP32).path
+    names = ["float32", "MatMulNBits b128", "dynamic int8", "W4A8", "W4A8 unfused", "W4A8 float head"]
+    arguments = ["models", str(source), "--variants", ",".join(names), "--prefill", "8", "--past", "8", "--profile"]
+    arguments += ["--threads", "1", "--rounds", "1", "--seconds", "0.01"]
+    record = _record(arguments, tmp_path / "record.json", monkeypatch)
+    assert [row["phase"] for row in record["rows"]] == ["prefill 8", "decode after 8"]
+    assert all(list(row["tokens_per_s"]) == names and min(row["tokens_per_s"].values()) > 0 for row in record["rows"])
+    for profile in record["profile"].values():
+        assert "SkipRMSNormQuantize" in profile["W4A8"] and "W8A8MatMul (head)" in profile["W4A8"]
+        assert "QuantizeLinear" in profile["W4A8 unfused"] and "MatMul (head)" in profile["W4A8 float head"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resident memory grows by at most 1.15 times the int4 bytes: the session holds the packed copy only."""
+    record = _record(["memory", "--layers", "6"], tmp_path / "record.json", monkeypatch)
+    (row,) = record["rows"]
+    assert 1.0 <= row["resident_over_int4"] <= 1.15
+
+
 def test_records_are_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_cpu, "RECORDS", tmp_path)
-    first = bench_cpu._record_path("2026-11-23T00:00:00", "AMD EPYC family 25 model 17")
+    monkeypatch.setattr(cpu_bench.records, "RECORDS", tmp_path)
+    name = ("2026-11-23T00:00:00", "AMD EPYC family 25 model 17", "cpu-kernels")
+    first = cpu_bench.records.record_path(*name)
     assert first.name == "2026-11-23-amd-epyc-family-25-model-17-cpu-kernels.json"
     first.write_text("{}", encoding="utf-8")
-    assert bench_cpu._record_path("2026-11-23T00:00:00", "AMD EPYC family 25 model 17").stem.endswith("-kernels-2")
+    assert cpu_bench.records.record_path(*name).stem.endswith("-kernels-2")

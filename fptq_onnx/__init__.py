@@ -9,6 +9,7 @@ __all__ = [
     "Report",
     "__version__",
     "convert",
+    "get_cmake_dir",
     "get_library_path",
     "session",
 ]
@@ -17,7 +18,7 @@ from importlib import metadata as _metadata
 
 from fptq_onnx.convert import convert
 from fptq_onnx.errors import FptqError
-from fptq_onnx.ops import get_library_path
+from fptq_onnx.ops import get_cmake_dir, get_library_path
 from fptq_onnx.quantization.plan import Plan
 from fptq_onnx.recipe import Recipe
 from fptq_onnx.report import Report

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import onnx_ir.passes.common
 import pytest
 import real_model
 from other_runtimes import python_with
+from real_conversions import RECIPE, converted
 
 import fptq_onnx
 from fptq_onnx.calibration.memory_session import memory_session
@@ -21,13 +21,10 @@ from fptq_onnx.evaluation.language_model import open_language_model
 from fptq_onnx.evaluation.perplexity import evaluate
 from fptq_onnx.graph.feeds import describe_inputs
 from fptq_onnx.graph.model_file import load_model, save_model
-from fptq_onnx.recipe import Recipe
 
 pytestmark = pytest.mark.slow
 
 FAMILIES = ("dynamo", "dynamo-kv", "genai-fp32")
-WINDOWS = 8
-RECIPE = Recipe.load("paper", {"weights.grid": "signed8", "calibration.windows": WINDOWS})
 
 # Runs one model file with the library and through its function bodies, with nothing but numpy and onnxruntime.
 # Prints the number of outputs, the largest relative error and how many values differ at all.
@@ -50,44 +47,21 @@ print(len(results[0]), worst, sum(np.sum(kernel != body) for kernel, body in zip
 """
 
 
-@pytest.fixture(scope="module")
-def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, fptq_onnx.Report]]:
-    """Convert one export family, once."""
-    done: dict[str, tuple[Path, fptq_onnx.Report]] = {}
-
-    def convert(family: str) -> tuple[Path, fptq_onnx.Report]:
-        if family not in done:
-            target = tmp_path_factory.mktemp(family) / "model.onnx"
-            report = fptq_onnx.convert(
-                real_model.smollm2(family),
-                target,
-                calibration=real_model.calibration_text(),
-                recipe=RECIPE,
-                verify_tokens=0 if family != "dynamo" else 512,
-            )
-            done[family] = target, report
-        return done[family]
-
-    return convert
-
-
 @pytest.mark.parametrize("family", FAMILIES[1:])
-def test_every_export_gets_the_same_plan(
-    family: str, converted: Callable[[str], tuple[Path, fptq_onnx.Report]]
-) -> None:
+def test_every_export_gets_the_same_plan(family: str) -> None:
     """By activation: genai packs q, k and v into one weight."""
 
     def plan(name: str) -> dict[str, str]:
-        layers = converted(name)[1].layers
+        layers = converted(name).report.layers
         return {layer.label.replace(".qkv", ".q"): layer.scheme for layer in layers if layer.role not in ("k", "v")}
 
     assert len(plan("dynamo")) == 30 * 5 + 1
     assert plan(family) == plan("dynamo")
 
 
-def test_perplexity_is_that_of_the_readme(converted: Callable[[str], tuple[Path, fptq_onnx.Report]]) -> None:
+def test_perplexity_is_that_of_the_readme() -> None:
     """On 8 of the 44 windows, against the float model on the same: 61.4 / 40.1 on all of them, hence the bound."""
-    path, report = converted("dynamo")
+    path, report = converted("dynamo").path, converted("dynamo").report
     source = real_model.smollm2("dynamo")
     ids = encode_text(load_tokenizer(source.parent), read_text(real_model.evaluation_text()))
     result = evaluate(open_language_model(path), ids, against=open_language_model(source), max_tokens=8 * 511)
@@ -97,16 +71,14 @@ def test_perplexity_is_that_of_the_readme(converted: Callable[[str], tuple[Path,
 
 
 @pytest.mark.parametrize("version", ["1.23.2", "1.32.0"])
-def test_every_layer_computes_the_same_through_its_function_body(
-    version: str, converted: Callable[[str], tuple[Path, fptq_onnx.Report]], tmp_path: Path
-) -> None:
+def test_every_layer_computes_the_same_through_its_function_body(version: str, tmp_path: Path) -> None:
     """All 210 layers on the int8 activations that they really get, to 1e-4.
 
     Each layer is fed separately. Fed through the network, one activation in 10^5 that lies on the border of two int8
     values rounds the other way for a last-bit difference, and thirty layers make any two float summation orders differ
     (the two runs agree bit for bit up to the first such value).
     """
-    model = load_model(converted("dynamo")[0])
+    model = load_model(converted("dynamo").path)
     matmuls = [node for node in model.graph if node.op_type == "W4A8MatMul"]
     assert len(matmuls) == 210
     fed = {

@@ -9,6 +9,7 @@ __all__ = [
     "LibraryInfo",
     "dynamic_quantize_per_token",
     "fused_quantize",
+    "get_cmake_dir",
     "get_library_path",
     "library_info",
     "w4a8_matmul",
@@ -17,4 +18,4 @@ __all__ = [
 
 from fptq_onnx.ops import dynamic_quantize_per_token, fused_quantize, w4a8_matmul, w8a8_matmul
 from fptq_onnx.ops.domain import BODY_OPSET, DOMAIN, VERSION
-from fptq_onnx.ops.library import LibraryInfo, get_library_path, library_info
+from fptq_onnx.ops.library import LibraryInfo, get_cmake_dir, get_library_path, library_info

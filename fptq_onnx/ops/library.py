@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["LIBRARY_VARIABLE", "LibraryInfo", "get_library_path", "library_info"]
+__all__ = ["LIBRARY_VARIABLE", "LibraryInfo", "get_cmake_dir", "get_library_path", "library_info"]
 
 import json
 import os
@@ -49,6 +49,22 @@ def get_library_path() -> Path:
     if built:
         return max(built, key=lambda path: path.stat().st_mtime)
     raise RuntimeUnavailableError(_FILE_NAME, "the op library is not part of this installation", _BUILD_FIX)
+
+
+def get_cmake_dir() -> Path:
+    """Return the folder of the library's CMake package, for ``-Dfptq_ops_DIR=`` and ``find_package(fptq_ops)``.
+
+    Raises:
+        RuntimeUnavailableError: The library was not built, or has no CMake package beside it.
+    """
+    folder = get_library_path().parent / "cmake" / "fptq_ops"
+    if not (folder / "fptq_ops-config.cmake").is_file():
+        raise RuntimeUnavailableError(
+            str(folder),
+            "the op library has no CMake package beside it",
+            "Install it with `pip install .` or `make lib`",
+        )
+    return folder
 
 
 def library_info() -> LibraryInfo:

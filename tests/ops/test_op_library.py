@@ -58,6 +58,7 @@ def test_exports_its_entry_points_only_and_needs_no_onnxruntime() -> None:
     ).stdout.split()
     assert {s for s in symbols if not s.startswith("0") and len(s) > 1} == {
         "RegisterCustomOps",
+        "FptqRegisterOps",
         "FptqDescribeLibrary",
         "FptqDescribeProduct",
     }

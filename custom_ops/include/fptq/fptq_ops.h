@@ -17,10 +17,12 @@ extern "C" {
 
 /// Adds the ops of domain "fptq", version 1, to `options`.
 ///
-/// onnxruntime calls this through `register_custom_ops_library`; a program that links the library statically may call
-/// it itself. Works with onnxruntime 1.23 and newer: the API is negotiated with the runtime that calls.
-/// Returns nullptr on success, else a status that the caller releases.
+/// onnxruntime calls this through `register_custom_ops_library`. Works with onnxruntime 1.23 and newer: the API is
+/// negotiated with the runtime that calls. Returns nullptr on success, else a status that the caller releases.
 FPTQ_EXPORT OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* api_base);
+
+/// The same for programs that link this library, by a name that no other op library has; see fptq/register.h for C++.
+FPTQ_EXPORT OrtStatus* ORT_API_CALL FptqRegisterOps(OrtSessionOptions* options, const OrtApiBase* api_base);
 
 /// A product that W4A8MatMul computes, for FptqDescribeProduct.
 typedef struct FptqProduct {

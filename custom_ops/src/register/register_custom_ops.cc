@@ -62,3 +62,7 @@ OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* options, const OrtA
     return api->CreateStatus(ORT_RUNTIME_EXCEPTION, error.what());
   }
 }
+
+OrtStatus* ORT_API_CALL FptqRegisterOps(OrtSessionOptions* options, const OrtApiBase* base) {
+  return RegisterCustomOps(options, base);
+}

@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from conversions import LENGTH, recipe
+from genai_runs import generate_with_genai
 from typer.testing import CliRunner
 
 import fptq_onnx
@@ -59,24 +60,6 @@ def _edit(folder: Path, change: dict[str, Any]) -> None:
     (folder / "genai_config.json").write_text(json.dumps(config))
 
 
-def _generate_with_genai(folder: Path, prompts: Any, new: int) -> list[list[int]]:
-    import onnxruntime_genai as og
-
-    config = og.Config(str(folder))
-    config.clear_providers()  # a folder for CUDA runs on the CPU then
-    model = og.Model(config)
-    rows = []
-    for prompt in prompts:
-        parameters = og.GeneratorParams(model)
-        parameters.set_search_options(max_length=len(prompt) + new, do_sample=False)
-        generator = og.Generator(model, parameters)
-        generator.append_tokens(prompt)
-        while not generator.is_done():
-            generator.generate_next_token()
-        rows.append([int(token) for token in generator.get_sequence(0)[len(prompt) :]])
-    return rows
-
-
 def test_folder_is_complete_and_only_names_the_library_more(folders: tuple[Path, Path]) -> None:
     source, target = folders
     before, after = _digests(source), _digests(target)
@@ -103,10 +86,10 @@ def test_genai_generates_the_tokens_of_the_plain_loop(folders: tuple[Path, Path]
     stop = stop_tokens(target)
     plain = [generate(model, [prompt], max_new_tokens=NEW, stop=stop).token_ids[0] for prompt in PROMPTS]
     # onnxruntime-genai leaves the stop token out of its sequence.
-    assert _generate_with_genai(moved, PROMPTS, NEW) == [[id for id in row if id not in stop] for row in plain]
+    assert generate_with_genai(moved, PROMPTS, NEW) == [[id for id in row if id not in stop] for row in plain]
     (moved / "libfptq_ops.so").unlink()
     with pytest.raises(RuntimeError, match="libfptq_ops"):
-        _generate_with_genai(moved, PROMPTS, NEW)
+        generate_with_genai(moved, PROMPTS, NEW)
 
 
 def test_other_models_and_subfolders_are_copied(source: Path) -> None:
@@ -132,14 +115,14 @@ def test_standard_operators_need_no_library(source: Path) -> None:
     fptq_onnx.convert(source, target, recipe=recipe(), verify_tokens=0, output_format="matmulnbits")
     assert _config(target) == _config(source)
     assert not (target / "libfptq_ops.so").exists()
-    assert len(_generate_with_genai(target, [[1, 2]], 4)[0]) == 4
+    assert len(generate_with_genai(target, [[1, 2]], 4)[0]) == 4
 
 
 def test_a_missed_bound_leaves_the_folder_as_it_leaves_a_file(source: Path) -> None:
     target = source.parent / "target"
     with pytest.raises(VerificationError, match=r"target: mean KL .* is over the allowed 1e-09"):
         fptq_onnx.convert(source, target, recipe=recipe(), verify_tokens=LENGTH, max_kl=1e-9)
-    assert _generate_with_genai(target, [[1, 2]], 2)
+    assert generate_with_genai(target, [[1, 2]], 2)
 
 
 def test_a_failed_conversion_leaves_nothing(source: Path) -> None:

@@ -23,12 +23,12 @@ TEXT = "Once upon a time, in a village by the sea,"
 
 
 def _python(model: Path, prompt: tuple[int, ...], new: int, *, library: bool) -> list[int]:
-    opened = open_language_model(model, register_library=library)
+    opened = open_language_model(model, register_library=library, threads=1)
     return generate(opened, [prompt], max_new_tokens=new).token_ids[0]
 
 
 def _options(in_place: bool, head_size: int, library: bool) -> list[object]:
-    own = [] if library else ["--no-library"]
+    own: list[object] = ["--threads", 1] if library else ["--threads", 1, "--no-library"]
     return [*own, "--in-place", "--head-size", head_size] if in_place else own
 
 
@@ -77,10 +77,10 @@ def test_real_model(program: str, family: str, library: bool) -> None:
     made = real_conversions.converted(family)
     tokenizer = load_tokenizer(real_conversions.tokenizer())
     prompt = tuple(encode_text(tokenizer, TEXT).tolist())
-    new = 64 if library else 16
+    new = 48 if library else 8
     printed = tokens(program, made.path, prompt, "--tokens", new, *_options(made.in_place, 64, library))
     assert printed == _python(made.path, prompt, new, library=library)
-    assert len(printed) == new and len(set(printed)) > new / 4
+    assert len(printed) == new and len(set(printed)) >= new / 4
 
 
 def test_text_to_ids_and_back(tmp_path: Path) -> None:

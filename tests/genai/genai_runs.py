@@ -12,6 +12,7 @@ def generate_with_genai(folder: Path, prompts: Sequence[Sequence[int]], new: int
 
     config = og.Config(str(folder))
     config.clear_providers()  # a folder for CUDA runs on the CPU then
+    config.overlay('{"model": {"decoder": {"session_options": {"intra_op_num_threads": 1}}}}')
     model = og.Model(config)
     rows = []
     for prompt in prompts:

@@ -95,11 +95,11 @@ def test_genai_generates_the_tokens_of_the_plain_loop(folders: tuple[Path, Path]
 def test_other_models_and_subfolders_are_copied(source: Path) -> None:
     """Data that only the float decoder reads is left behind, data of another model is not."""
     table = ir.tensor(np.arange(64, dtype=np.float32).reshape(8, 8), name="table")
-    model = ir.load(source / "model.onnx")
-    extra = ir.Model(
-        ir.Graph([], [], nodes=[], initializers=[ir.Value(name="table", const_value=table)]), ir_version=10
-    )
-    extra.graph.opset_imports[""] = model.opset_imports[""]
+    value = ir.Value(name="table", const_value=table, shape=table.shape, type=ir.TensorType(table.dtype))
+    node = ir.node("Identity", [value])
+    node.outputs[0].name = "pixels"
+    graph = ir.Graph([], node.outputs, nodes=[node], initializers=[value], opset_imports={"": 21}, name="vision")
+    extra = ir.Model(graph, ir_version=10)
     (source / "vision").mkdir()
     ir.save(extra, source / "vision" / "vision.onnx", external_data="vision.data", size_threshold_bytes=0)
     (source / "notes").mkdir()

@@ -47,7 +47,7 @@ ALLOWED = {
     "verification": {"errors", "progress", "graph", "ops", "calibration", "evaluation", "report", "runtime"},
     "export": {"errors", "progress", "graph"},
     "packaging": {"errors", "graph", "ops"},
-    "doctor": {"errors", "report", "graph", "ops", "runtime", "calibration"},
+    "doctor": {"errors", "report", "graph", "ops", "runtime", "calibration", "genai", "generation"},
     "benchmark": {"errors", "progress", "report", "graph", "ops", "runtime", "evaluation", "generation"},
 }
 # These see everything but each other, in this order.

@@ -237,7 +237,6 @@ class BenchmarkReport:
     Attributes:
         models: The model that was asked for, then those it is compared with.
         settings: What was asked for.
-        threads: Intra-op threads that ran; None where onnxruntime chose.
         cores: Cores that this process may use.
         versions: Python, platform and packages.
     """

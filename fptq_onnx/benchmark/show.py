@@ -46,22 +46,22 @@ def show(report: BenchmarkReport, console: Console) -> None:
 def _speeds(models: Sequence[ModelResult], names: Sequence[str], index: int, first: CaseResult) -> Table:
     case = first.case
     table = Table(title=f"batch {case.batch}, length {case.length}", title_justify="left")
-    table.add_column("model")
+    table.add_column("model", no_wrap=True)
     encoder = models[0].kind is Kind.ENCODER
     headings = ["sequences/s", "tokens/s"] if encoder else ["prefill tokens/s", "first token, ms"]
     decodes = any(model.cases[index].decode is not None for model in models)
-    headings += ["decode tokens/s", "step, ms"] if decodes else []
+    headings += ["decode tokens/s"] if decodes else []
     headings += ["peak MB"]
     gpu = any(model.cases[index].memory.gpu_bytes is not None for model in models)
     headings += ["GPU MB"] if gpu else []
     if len(models) > 1:
         headings += ["x prefill"] + (["x decode"] if decodes else [])
     for heading in headings:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for model, name in zip(models, names, strict=True):
         result = model.cases[index]
         cells = [result.sequences, result.prefill] if encoder else [result.prefill, result.first_token_ms]
-        cells += [result.decode, result.step_ms] if decodes else []
+        cells += [result.decode] if decodes else []
         row = [_spread(cell) for cell in cells]
         row.append(f"{result.memory.model_bytes / _MEGABYTE:.0f}")
         if gpu:

@@ -21,7 +21,9 @@ _STYLES = {Status.OK: "green", Status.NOTE: "cyan", Status.WARNING: "yellow", St
 @app.command()
 @reporting_errors
 def doctor(
-    model: Annotated[Path | None, typer.Argument(help="ONNX model to try.", show_default=False)] = None,
+    model: Annotated[
+        Path | None, typer.Argument(help="ONNX model to try, or a folder that holds one.", show_default=False)
+    ] = None,
     provider: OnProvider = Provider.CPU,
     as_json: AsJson = False,
 ) -> None:

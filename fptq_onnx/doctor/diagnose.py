@@ -20,7 +20,7 @@ def diagnose(model: str | os.PathLike[str] | None = None, provider: Provider = "
     Nothing is changed. Libraries and models are tried in processes of their own, so that a crash is a finding.
 
     Args:
-        model: ONNX file to try.
+        model: ONNX file to try, or a folder with genai_config.json or model.onnx.
         provider: Where models are to run; what stands in the way of "cuda" is broken only where it is asked for.
     """
     return Diagnosis(tuple(_examine(None if model is None else Path(model), provider)))

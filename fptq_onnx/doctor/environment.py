@@ -13,7 +13,6 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 
-from fptq_onnx.doctor.explain import explain_session_error
 from fptq_onnx.doctor.findings import Finding, Status
 from fptq_onnx.doctor.probe import Probe, run_probe
 from fptq_onnx.errors import RuntimeUnavailableError
@@ -212,8 +211,7 @@ def _check_registration(library: LibraryDescription) -> Finding:
     probe = run_probe(Probe(("CPUExecutionProvider",), str(library.path)))
     if probe.error is None:
         return Finding("registration", Status.OK, "onnxruntime takes the op library")
-    crashed = "SIG" in probe.error
-    reason, fix = explain_session_error(probe.error) if crashed else explain_load_failure(library.path, probe.error)
+    reason, fix = explain_load_failure(library.path, probe.error)
     return Finding("registration", Status.BROKEN, f"onnxruntime refuses the op library: {reason}", fix)
 
 

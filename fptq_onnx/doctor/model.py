@@ -14,8 +14,10 @@ import onnx_ir as ir
 from fptq_onnx.calibration.tokens import find_tokenizer, load_tokenizer
 from fptq_onnx.doctor.explain import explain_cuda_log, explain_session_error
 from fptq_onnx.doctor.findings import Finding, Status
+from fptq_onnx.doctor.genai import check_genai
 from fptq_onnx.doctor.probe import Probe, ProbeResult, run_probe
 from fptq_onnx.errors import CalibrationError, ModelError
+from fptq_onnx.generation.generate import find_model
 from fptq_onnx.graph.feeds import Feeds, ModelInputs, describe_inputs
 from fptq_onnx.graph.model_file import load_model
 from fptq_onnx.ops import DOMAIN
@@ -42,12 +44,13 @@ def check_model(path: Path, library: Path | None, provider: Provider, runtime_wo
     """Look at a model file and try it.
 
     Args:
-        path: The file.
+        path: The file, or a folder with genai_config.json or model.onnx.
         library: The op library; None if it does not load.
         provider: Where the model is to run.
         runtime_works: Whether onnxruntime imports.
     """
     try:
+        path = find_model(path)
         model = load_model(path)
     except ModelError as error:
         yield Finding("model", Status.BROKEN, f"{error.where}: {error.reason}", error.fix)
@@ -74,6 +77,7 @@ def check_model(path: Path, library: Path | None, provider: Provider, runtime_wo
         )
     inputs = describe_inputs(model)
     yield from _check_tokenizer(path, inputs)
+    yield from check_genai(path.absolute().parent, bool(ours), runtime_works)
     if runtime_works:
         yield from _check_sessions(path, model, inputs, bool(ours), library, provider)
 

@@ -173,7 +173,7 @@ def explain_load_failure(path: str | os.PathLike[str], message: str) -> tuple[st
 
     Args:
         path: The library that was refused.
-        message: What dlopen or onnxruntime said.
+        message: What dlopen or onnxruntime said, or by which signal (SIGSEGV) a process that loaded it ended.
 
     Returns:
         The reason, one clause, and the fix in the imperative.
@@ -200,6 +200,8 @@ def explain_load_failure(path: str | os.PathLike[str], message: str) -> tuple[st
         return "this onnxruntime is older than 1.23", "Run `pip install 'onnxruntime>=1.23'` (or onnxruntime-gpu)"
     if "another copy of onnxruntime" in message:
         return "two copies of onnxruntime in one process share it", "Use one onnxruntime per process"
+    if found := re.search(r"SIG[A-Z]+", message):
+        return f"it crashes while it is loaded ({found[0]})", _REBUILD
     return f"it does not load ({message.strip()})", _REBUILD
 
 

@@ -181,7 +181,7 @@ def test_library_of_another_program(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 def test_library_that_crashes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     source = f"#include <stdlib.h>\n{DESCRIBES}\nvoid* RegisterCustomOps(void* a, void* b) {{ abort(); }}"
     fault = _one(_planted_library(monkeypatch, _compiled(tmp_path / "crash.so", source)), "registration")
-    assert fault.status is Status.BROKEN and "crashed (SIGABRT)" in fault.detail and fault.fix
+    assert fault.status is Status.BROKEN and "crashes while it is loaded (SIGABRT)" in fault.detail and fault.fix
 
 
 def test_instruction_set_that_cannot_run(folder: Path) -> None:
@@ -345,6 +345,28 @@ def test_tokenizer(folder: Path) -> None:
     assert "Copy it from" in str(
         _only_fault(list(check_model(path, None, "cpu", False)), "tokenizer", Status.WARNING).fix
     )
+
+
+def _genai(folder: Path, library: str | None) -> Path:
+    options = {} if library is None else {"custom_ops_library": library}
+    config = {"model": {"decoder": {"filename": "model.onnx", "session_options": options}}}
+    (folder / "genai_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_genai_folder(folder: Path) -> None:
+    """The folder itself is examined; the library must be named, be there and be taken."""
+    fault = _only_fault(_model(_genai(folder, None)), "genai folder", Status.WARNING)
+    assert "names no custom_ops_library" in fault.detail
+    fault = _only_fault(_model(_genai(folder, "libfptq_ops.so")), "genai folder")
+    assert "which is not in the folder" in fault.detail and "get_library_path" in str(fault.fix)
+    (folder / "libfptq_ops.so").write_bytes(LIBRARY.read_bytes()[:9000])
+    assert "cut short" in _only_fault(_model(folder), "genai folder").detail
+    shutil.copy(LIBRARY, folder)
+    assert _one(_model(folder), "genai folder").status is Status.OK
+    (folder / "genai_config.json").write_text("{")
+    assert "is not JSON" in _only_fault(_model(folder / "model.onnx"), "genai folder").detail
+    assert "is not JSON" in _only_fault(_model(folder), "model").detail
 
 
 def test_model_that_takes_no_tokens(folder: Path) -> None:

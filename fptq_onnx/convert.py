@@ -6,35 +6,36 @@ import dataclasses
 import json
 import logging
 import os
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-import onnx_ir.passes.common
 
-from fptq_onnx.calibration.calibration import Batch, Calibration
+from fptq_onnx.calibration.calibration import Calibration
 from fptq_onnx.calibration.tokens import find_tokenizer
 from fptq_onnx.errors import ModelError, NothingQuantizedError, RecipeError, VerificationError
 from fptq_onnx.genai.folder import accepting_folders
 from fptq_onnx.graph.activation_groups import ActivationGroup, group_by_activation
-from fptq_onnx.graph.linears import LinearLayer, LinearSearch, find_linears
+from fptq_onnx.graph.linears import LinearSearch, find_linears
 from fptq_onnx.graph.model_file import load_model, save_model, source_files
 from fptq_onnx.graph.opset import ensure_opset
 from fptq_onnx.graph.output_files import refuse_overwriting, staged, write_text
 from fptq_onnx.graph.segments import find_segments
-from fptq_onnx.passes.apply_equalization import AppliedScale
-from fptq_onnx.planning import GroupDecision, decide_groups, make_plan, observed_groups
+from fptq_onnx.planning import decide_groups, make_plan, observed_groups
 from fptq_onnx.progress import Progress, SilentProgress
-from fptq_onnx.quantization.plan import LayerPlan, Plan
+from fptq_onnx.quantization.plan import Plan
 from fptq_onnx.quantizing import equalize, quantize_layers, rotate
 from fptq_onnx.recipe import Recipe
-from fptq_onnx.report import LayerReport, Report, SkippedReport, Stopwatch, is_report, peak_memory_bytes, versions
+from fptq_onnx.report import Report, Stopwatch, is_report, peak_memory_bytes, versions
+from fptq_onnx.reporting import complete_layers, start_report, stored_bytes, why_nothing
+from fptq_onnx.resources import Budget, estimate
 from fptq_onnx.rewriting import PASSES, Format, rewrite
 from fptq_onnx.runtime import PROVIDERS, Provider, check_provider
-from fptq_onnx.verification import compare_layers, compare_models
+from fptq_onnx.storage.fingerprint import file_fingerprint
+from fptq_onnx.storage.workspace import workspace
+from fptq_onnx.verification import Comparison
 
 __all__ = ["Format", "convert", "default_output"]
 
@@ -66,6 +67,8 @@ def convert(
     max_kl: float | None = None,
     provider: Provider = "cpu",
     threads: int | None = None,
+    max_memory: int | str | None = None,
+    work_dir: str | os.PathLike[str] | None = None,
     stop: Callable[[], bool] = lambda: False,
     progress: Progress | None = None,
 ) -> Report:
@@ -92,7 +95,13 @@ def convert(
         max_kl: Largest mean KL divergence in nats per token; overrides the recipe's.
         provider: Where calibration and verification run.
         threads: Threads of each session, onnxruntime's choice if None. The result is the same.
-        stop: Asked after each block whether to stop there; needs a work directory to go on from.
+        max_memory: Bytes, or a text such as "8GiB"; four fifths of what is free by default. Calibration and
+            quantization hold the weights of one decoder block at a time whatever it is; what else grows with the model
+            (hidden states, results) goes to disk beside the output if it would take more than a quarter each, and the
+            verification runs block by block if the float model would not fit.
+        work_dir: Keep finished blocks here, so that the same call goes on after a stop, a crash or a kill, with the
+            same bytes as result. Removed when the conversion is done.
+        stop: Asked after each block whether to stop there; does nothing without a work directory.
         progress: Told of the stages.
 
     Returns:
@@ -105,6 +114,8 @@ def convert(
         NothingQuantizedError: No layer was quantized; nothing was written.
         VerificationError: The result was written but misses `max_kl`; `error.report` holds the report.
         RuntimeUnavailableError: onnxruntime, the provider or the op library is missing.
+        WorkDirError: The work directory belongs to another conversion or cannot be used.
+        StoppedError: `stop` said so; the same call goes on.
     """
     source = Path(model)
     target = Path(output) if output is not None else default_output(source)
@@ -117,7 +128,7 @@ def convert(
     _check_request(source, target, output_format, fuse, limit, verify_tokens)
     _check_output(target, dry_run, [*read, *_beside(source)])
     check_provider(provider, register_library=output_format == "custom" and verify_tokens > 0)
-    watch, progress = Stopwatch(), progress or SilentProgress()
+    watch, progress, budget = Stopwatch(), progress or SilentProgress(), Budget.of(max_memory)
     data = Calibration(
         calibration,
         source,
@@ -125,63 +136,104 @@ def convert(
         settings,
         providers=PROVIDERS[provider],
         threads=threads,
+        moments_bytes=min(budget.share, int(settings.calibration.moments_gib * 2**30)),
         progress=progress,
         stop=stop,
     )
-
     with watch.stage("load"):
         graph = _Graph.load(source)
+        used = source_files(graph.model)
         rotation = rotate(graph.model, settings)
         if rotation:
             graph = _Graph.find(graph.model, source)
         data.open(graph.model)
-    with watch.stage("calibrate"):
-        groups = observed_groups(graph.groups, settings, edited)
         segments = find_segments(graph.model, graph.linears)
-        places = {str(group.activation.name): segments.of(group.layers[0]) for group in groups}
-        statistics = data.observe(graph.model, segments, places)
-    with watch.stage("plan"):
-        decisions = decide_groups(groups, statistics, settings, edited)
-        made = make_plan(graph.linears.layers, decisions, settings)
-        if edited is not None:
-            edited.fit(made)
-            made = dataclasses.replace(edited, recipe=made.recipe)
-        entries = {entry.name: entry for entry in made.layers}
-        report = _start_report(
-            source, None if dry_run else target, output_format, graph, entries, rotation, settings, data
-        )
-    if not any(entry.is_quantized for entry in made.layers):
-        raise NothingQuantizedError(str(source), _why_nothing(made), "Change include and exclude, or the plan")
-    if dry_run:
-        write_text(target.with_suffix(".plan.json"), made.to_json())
-        return _finish(report, watch)
+        expected = estimate(graph.model, segments, graph.linears.layers, settings, data.size()[1])
+    on_disk = work_dir is not None or expected.on_disk(budget)
+    progress.note(expected.describe(budget, on_disk))
 
-    with watch.stage("equalize"):
-        applied = equalize(graph.model, decisions)
-        equalized = graph.model.clone()
-        # Equalization may have put nodes where the segments meet.
-        segments = find_segments(graph.model, find_linears(graph.model))
-    with watch.stage("quantize"):
-        quantized = quantize_layers(
-            graph.model, segments, decisions, entries, statistics, applied, settings, data, progress
-        )
-        int8_embedding = settings.layers.embedding == "int8"
-        report.embedding = rewrite(
-            graph.model, quantized.layers, output_format, int8_embedding=int8_embedding, fuse=fuse
-        )
-        graph.model.metadata_props[RECIPE_KEY] = json.dumps(settings.resolved())
-        _complete_layers(report, graph.model, applied, quantized.methods, decisions)
-    refuse_overwriting((target, Path(f"{target}.data")), source_files(graph.model))
-    with staged(target) as staging:
-        with watch.stage("save"):
-            report.bytes_after = _bytes(graph.model)
-            save_model(graph.model, staging.path)
-        if verify_tokens:
-            with watch.stage("verify"):
-                sample = data.sample(verify_tokens)
-                _verify(report, source, staging.path, equalized, sample, limit, provider, progress)
-        write_text(staging.path.with_suffix(".json"), _finish(report, watch).to_json())
-        staging.publish()
+    def fingerprint() -> dict[str, str]:
+        return {
+            "the model": file_fingerprint(source, used),
+            "the calibration data": data.fingerprint(),
+            "the recipe": json.dumps(settings.resolved(), sort_keys=True),
+            "the plan": "" if edited is None else edited.to_json(),
+            "the format": output_format,
+            "the provider": provider,
+            "the versions": json.dumps(versions(), sort_keys=True),
+        }
+
+    with workspace(work_dir, target, fingerprint, wanted=on_disk) as data.work:
+        with watch.stage("calibrate"):
+            groups = observed_groups(graph.groups, settings, edited)
+            places = {str(group.activation.name): segments.of(group.layers[0]) for group in groups}
+            statistics = data.observe(graph.model, segments, places)
+        with watch.stage("plan"):
+            decisions = decide_groups(groups, statistics, settings, edited)
+            made = make_plan(graph.linears.layers, decisions, settings)
+            if edited is not None:
+                edited.fit(made)
+                made = dataclasses.replace(edited, recipe=made.recipe)
+            entries = {entry.name: entry for entry in made.layers}
+            report = start_report(
+                source,
+                None if dry_run else target,
+                output_format,
+                graph.model,
+                graph.linears,
+                entries,
+                rotation,
+                settings,
+                data.opened,
+                segments.description,
+            )
+        if not any(entry.is_quantized for entry in made.layers):
+            raise NothingQuantizedError(str(source), why_nothing(made), "Change include and exclude, or the plan")
+        if dry_run:
+            write_text(target.with_suffix(".plan.json"), made.to_json())
+            return _finish(report, watch, progress)
+
+        with watch.stage("equalize"):
+            applied = equalize(graph.model, decisions)
+            equalized = graph.model.clone()
+            # Equalization may have put nodes where the segments meet.
+            segments = find_segments(graph.model, find_linears(graph.model))
+        with watch.stage("quantize"):
+            quantized = quantize_layers(
+                graph.model, segments, decisions, entries, statistics, applied, settings, data, progress
+            )
+            int8_embedding = settings.layers.embedding == "int8"
+            report.embedding = rewrite(
+                graph.model, quantized.layers, output_format, int8_embedding=int8_embedding, fuse=fuse
+            )
+            graph.model.metadata_props[RECIPE_KEY] = json.dumps(settings.resolved())
+            complete_layers(report, graph.model, applied, quantized.methods, decisions)
+        refuse_overwriting((target, Path(f"{target}.data")), source_files(graph.model))
+        with staged(target) as staging:
+            with watch.stage("save"):
+                report.bytes_after = stored_bytes(graph.model)
+                save_model(graph.model, staging.path)
+            if verify_tokens:
+                data.stop_if_asked("saving the model, before its verification")
+                with watch.stage("verify"):
+                    check = Comparison(
+                        source,
+                        equalized,
+                        staging.path,
+                        data.sample(verify_tokens),
+                        data=report.calibration,
+                        max_kl=limit,
+                        provider=provider,
+                        threads=threads,
+                        by_blocks=expected.whole_bytes > budget.bytes,
+                        progress=progress,
+                        stop=data.stop_if_asked,
+                    )
+                    report.verification, noise = check.run()
+                    for layer in report.layers:
+                        layer.snr_db = noise.get(layer.name)
+            write_text(staging.path.with_suffix(".json"), _finish(report, watch, progress).to_json())
+            staging.publish()
     if report.verification is not None and not report.verification.passed:
         kl_mean = report.verification.kl_mean
         raise VerificationError(
@@ -234,25 +286,6 @@ def _beside(source: Path) -> list[Path]:
     return [] if found is None else [found]
 
 
-def _verify(
-    report: Report,
-    source: Path,
-    converted: Path,
-    equalized: ir.Model,
-    sample: Sequence[Batch],
-    max_kl: float | None,
-    provider: Provider,
-    progress: Progress,
-) -> None:
-    """Compare the written model with the float one, as a whole and by layers, and report that."""
-    report.verification = compare_models(
-        source, converted, sample, data=report.calibration, max_kl=max_kl, provider=provider, progress=progress
-    )
-    noise = compare_layers(equalized, converted, sample, provider=provider, progress=progress)
-    for layer in report.layers:
-        layer.snr_db = noise[layer.name]
-
-
 @dataclass(frozen=True, eq=False)
 class _Graph:
     """A loaded model and what is in it."""
@@ -280,106 +313,8 @@ class _Graph:
         return cls(model, linears, group_by_activation(linears.layers))
 
 
-def _start_report(
-    source: Path,
-    target: Path | None,
-    output_format: Format,
-    graph: _Graph,
-    entries: Mapping[str, LayerPlan],
-    rotation: dict[str, str],
-    settings: Recipe,
-    calibration: Calibration,
-) -> Report:
-    data = calibration.data
-    return Report(
-        model=str(source),
-        output=None if target is None else str(target),
-        format=output_format,
-        calibration="none: no activation had to be observed" if data is None else data.description,
-        data_free=data is not None and data.source == "random",
-        recipe=settings.resolved(),
-        rotation=rotation,
-        layers=[_layer_report(layer, entries[layer.name]) for layer in graph.linears.layers],
-        skipped=[SkippedReport(*skipped) for skipped in graph.linears.skipped],
-        bytes_before=_bytes(graph.model),
-        bytes_after=None,
-        versions=versions(),
-    )
-
-
-def _finish(report: Report, watch: Stopwatch) -> Report:
+def _finish(report: Report, watch: Stopwatch, progress: Progress) -> Report:
     report.seconds = watch.seconds
     report.peak_memory_bytes = peak_memory_bytes()
+    progress.note(f"peak memory {report.peak_memory_bytes / 2**30:.2f} GiB")
     return report
-
-
-def _layer_report(layer: LinearLayer, entry: LayerPlan) -> LayerReport:
-    assert layer.weight.dtype is not None
-    size = int(layer.k * layer.n * layer.weight.dtype.itemsize)
-    return LayerReport(
-        name=layer.name,
-        label=layer.label,
-        role=str(layer.role),
-        k=layer.k,
-        n=layer.n,
-        range=entry.activation_range,
-        scheme=str(entry.scheme),
-        equalization="none",
-        weight_method=entry.weight_method
-        if entry.weight_method in ("float", "int8")
-        else f"{entry.weight_method} g{entry.group_size}",
-        snr_db=None,
-        bytes_before=size,
-        bytes_after=size,
-        reason=entry.reason,
-    )
-
-
-def _complete_layers(
-    report: Report,
-    model: ir.Model,
-    applied: Mapping[str, AppliedScale],
-    methods: Mapping[str, tuple[str, str]],
-    decisions: Sequence[GroupDecision],
-) -> None:
-    """Fill in what is known only after the rewrite: where the scales went and the new sizes."""
-    scales = {layer.name: applied.get(decided.name) for decided in decisions for layer in decided.group.layers}
-    nodes = {node.name: node for node in model.graph}
-    for layer in report.layers:
-        scale = scales.get(layer.name)
-        if scale is not None:
-            layer.equalization = f"{scale.kind}: {scale.reason}"
-        if layer.name in methods:
-            method, why = methods[layer.name]
-            layer.weight_method += f", {method}"
-            layer.reason += f"; {why}"
-        if layer.weight_method != "float":
-            layer.bytes_after = _constant_bytes(nodes[layer.name])
-
-
-def _constant_bytes(node: ir.Node) -> int:
-    """Bytes of a node's weight: integers and scales, also behind the DequantizeLinear of the format qdq.
-
-    Scalars are not counted: they belong to the activation, which other layers may share.
-    """
-    total = 0
-    for value in node.inputs:
-        producer = None if value is None else value.producer()
-        if value is not None and value.const_value is not None:
-            if len(value.const_value.shape) == 0:
-                continue
-            total += int(value.const_value.nbytes)
-        elif producer is not None and producer.op_type == "DequantizeLinear":
-            total += _constant_bytes(producer)
-    return total
-
-
-def _bytes(model: ir.Model) -> int:
-    return sum(int(v.const_value.nbytes) for v in model.graph.initializers.values() if v.const_value is not None)
-
-
-def _why_nothing(plan: Plan) -> str:
-    reasons = Counter(entry.reason for entry in plan.layers)
-    return "no linear layer would be quantized: " + "; ".join(
-        f"{reason} ({count})" for reason, count in reasons.items()
-    )

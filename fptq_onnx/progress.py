@@ -24,6 +24,10 @@ class Progress(Protocol):
         """Open a stage of `total` steps (None: unknown); the returned callable advances it by n steps."""
         ...
 
+    def note(self, text: str) -> None:
+        """Tell one line that belongs to no stage."""
+        ...
+
 
 class SilentProgress:
     """The default of the Python API: says nothing."""
@@ -32,6 +36,9 @@ class SilentProgress:
     def stage(self, title: str, total: int | None = None) -> Iterator[Advance]:
         """Open a stage nobody watches."""
         yield lambda steps: None
+
+    def note(self, text: str) -> None:
+        """Say nothing."""
 
 
 class TerminalProgress:
@@ -58,6 +65,10 @@ class TerminalProgress:
         with RichProgress(*columns, console=self._console) as bar:
             task = bar.add_task(title, total=total)
             yield lambda steps: bar.advance(task, steps)
+
+    def note(self, text: str) -> None:
+        """Print a line."""
+        print(text, file=self._stream, flush=True)
 
     def _plain(self, title: str) -> Iterator[Advance]:
         started = time.monotonic()

@@ -221,19 +221,18 @@ def quantize_layers(
         for segment in segments:
             here, record = by_segment[segment.index], f"weights.{segment.index:04d}"
             restored = stored.restore(record)
-            if restored is None:
-                if here or segment.index <= last:
-                    with weights_in_memory(model, segment):
-                        restored = work.do(walk, segment, here, segment.index <= last, stored, record)
-                else:
-                    restored = {}, {}
-            arrays, notes = restored
+            arrays, notes = restored if restored is not None else ({}, {})
+            fresh = restored is None and (bool(here) or segment.index <= last)
+            if fresh:
+                with weights_in_memory(model, segment):
+                    arrays, notes = work.do(walk, segment, here, segment.index <= last, stored, record)
             walk.done(segment)
             methods |= {name: tuple(method) for name, method in notes.items()}
             shifts |= {key.removeprefix(_SHIFT): array for key, array in arrays.items() if key.startswith(_SHIFT)}
             seen |= _unpack({key: array for key, array in arrays.items() if not key.startswith(_SHIFT)})
             advance(sum(entries[layer.name].weight_method != "float" for d in here for layer in d.group.layers))
-            calibration.stop_if_asked(f"quantizing, {segment.label}")
+            if fresh:
+                calibration.stop_if_asked(f"quantizing, {segment.label}")
     layers = {}
     for decided in decisions:
         for layer in decided.group.layers:
@@ -276,8 +275,7 @@ class _SegmentWork:
         """Observe a segment, quantize its weights and store them; the arrays and notes as `StoredWeights` has them."""
         ranges = {d.name: self._calibration.observer(self._value(d)) for d in decisions if self._needs_range(d)}
         channels = {d.name: d.group.k for d in decisions if self._needs_moments(d)}
-        budget = int(self._settings.calibration.moments_gib * 2**30)
-        passes = list(passes_within(channels, budget)) or [[]]
+        passes = list(passes_within(channels, self._calibration.moments_bytes)) or [[]]
         methods: dict[str, tuple[str, str]] = {}
         weights: dict[str, QuantizedWeight | Int8Weight] = {}
         shifts: dict[str, npt.NDArray[Any]] = {}

@@ -116,6 +116,7 @@ class Report:
     skipped: list[SkippedReport]
     bytes_before: int
     bytes_after: int | None
+    segments: str
     embedding: str = "float"
     verification: Verification | None = None
     seconds: dict[str, float] = field(default_factory=dict)

@@ -46,11 +46,13 @@ class Calibration:
         recipe: Windows, length, seed, and the leading tokens to leave out.
         providers: Execution providers.
         threads: Intra-op threads, onnxruntime's choice if None.
+        moments_bytes: Memory for second moments; what does not fit is observed in further passes through a segment.
         progress: Told of each batch.
         stop: Asked after each segment whether to stop there.
 
     Attributes:
         data: The data in use, once `open` was called.
+        moments_bytes: As given.
         work: Where finished segments are kept; None keeps them in memory.
     """
 
@@ -63,6 +65,7 @@ class Calibration:
         *,
         providers: Sequence[str],
         threads: int | None = None,
+        moments_bytes: int = 2 << 30,
         progress: Progress,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -73,6 +76,7 @@ class Calibration:
         self._recipe = recipe
         self._providers = providers
         self._threads = threads
+        self.moments_bytes = moments_bytes
         self._progress = progress
         self._stop = stop
         self._inputs = ModelInputs(())
@@ -152,7 +156,8 @@ class Calibration:
             for segment in segments.segments[: last + 1]:
                 record = f"statistics.{segment.index:04d}"
                 names = [name for name, index in activations.items() if index == segment.index]
-                if self.work is not None and self.work.has(record):
+                restored = self.work is not None and self.work.has(record)
+                if self.work is not None and restored:
                     arrays, _ = self.work.load(record)
                     advance(self.steps(1))
                 else:
@@ -169,7 +174,8 @@ class Calibration:
                 for number, name in enumerate(names):
                     fields = {k.partition(".")[2]: v for k, v in arrays.items() if k.partition(".")[0] == str(number)}
                     found[name] = ActivationStatistics.from_dict(fields)
-                self.stop_if_asked(f"calibrating, {segment.label}")
+                if not restored:
+                    self.stop_if_asked(f"calibrating, {segment.label}")
         logger.info("observed %d activations over %d batches, %d tokens", len(found), *self.size())
         return found
 

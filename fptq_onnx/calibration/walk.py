@@ -14,7 +14,8 @@ import onnx_ir as ir
 from fptq_onnx.calibration.observers import Observer
 from fptq_onnx.calibration.runner import ObservedRun, SessionFactory, token_masks
 from fptq_onnx.errors import CalibrationError
-from fptq_onnx.graph.feeds import ModelInputs
+from fptq_onnx.graph.feeds import Feeds, ModelInputs
+from fptq_onnx.graph.model_file import release_mappings
 from fptq_onnx.graph.segments import Segment, Segmentation, extract_segment
 from fptq_onnx.progress import Advance
 from fptq_onnx.storage.states import States
@@ -79,14 +80,29 @@ class Walk:
         Raises:
             CalibrationError: Data that do not fit the model, or NaN or infinity in an activation.
         """
+        for _ in self._pass(segment, observers, (), carry):
+            advance(1)
+
+    def expose(self, segment: Segment, names: Sequence[str]) -> Iterator[Feeds]:
+        """Run all batches through a segment and give values of it by name, batch by batch; all must be taken.
+
+        Args:
+            segment: The segment.
+            names: Of values that it computes.
+        """
+        return self._pass(segment, (), names, True)
+
+    def _pass(
+        self, segment: Segment, observers: Sequence[Observer], names: Sequence[str], carry: bool
+    ) -> Iterator[Feeds]:
         alive = self._read_later[segment.index]
         carries = carry and bool(alive) and segment.index < self._last
-        wanted = sorted({name for observer in observers for name in observer.values})
-        if not carries and not wanted:
+        observed = {name for observer in observers for name in observer.values}
+        if not carries and not observed and not names:
             return
-        keep = [str(value.name) for value in segment.outputs] if carries else []
-        part = extract_segment(self._model, segment, wanted)
-        run = ObservedRun(part, observers, keep=keep, session_factory=self._session_factory)
+        keep = dict.fromkeys([*(str(value.name) for value in segment.outputs if carries), *names])
+        part = extract_segment(self._model, segment, sorted({*observed, *names}))
+        run = ObservedRun(part, observers, keep=list(keep), session_factory=self._session_factory)
         count = 0
         for count, batch in enumerate(self._batches, start=1):
             where = f"calibration batch {count}"
@@ -100,12 +116,13 @@ class Walk:
             if carries:
                 later = {name: array for name, array in {**state, **found}.items() if name in alive}
                 self._states.put(segment.index, count, later)
-            advance(1)
+            yield {name: found[name] for name in names}
         if count == 0:
             raise CalibrationError("calibration data", "hold no batch", "Give at least one sequence")
 
     def done(self, segment: Segment) -> None:
-        """Forget the states that this segment was fed with."""
+        """Forget the states that this segment was fed with, and unmap its weights."""
+        release_mappings(self._model)
         if segment.index:
             self._states.drop(segment.index - 1)
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from functools import wraps
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, ParamSpec
 
 import typer
@@ -18,7 +21,7 @@ from rich.logging import RichHandler
 from rich.markup import escape
 
 import fptq_onnx
-from fptq_onnx.errors import FptqError, VerificationError
+from fptq_onnx.errors import FptqError, StoppedError, VerificationError
 
 __all__ = [
     "AsJson",
@@ -31,12 +34,14 @@ __all__ = [
     "overrides",
     "print_json",
     "reporting_errors",
+    "stop_on_interrupt",
 ]
 
 P = ParamSpec("P")
 
 EXIT_FAILED = 1
 EXIT_VERIFICATION = 3
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on
 
 app = typer.Typer(
     help="Quantize ONNX transformers to W4A8 (FPTQ) and run them with integer kernels in onnxruntime.",
@@ -75,11 +80,42 @@ def reporting_errors(command: Callable[P, None]) -> Callable[P, None]:
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             command(*args, **kwargs)
+        except StoppedError as error:
+            err.print(escape(str(error)), highlight=False)
+            raise typer.Exit(EXIT_STOPPED) from None
         except FptqError as error:
             err.print(f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False)
             raise typer.Exit(EXIT_VERIFICATION if isinstance(error, VerificationError) else EXIT_FAILED) from None
 
     return run
+
+
+@contextmanager
+def stop_on_interrupt(resumable: bool) -> Iterator[Callable[[], bool]]:
+    """Let the first Ctrl-C ask for a stop instead of ending the process; the second ends it as ever.
+
+    Args:
+        resumable: Whether the work can be taken up again; if not, Ctrl-C does what it always does.
+
+    Yields:
+        Whether a stop was asked for.
+    """
+    asked = False
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(signal.SIGINT, before)
+        print("stopping when this block is done; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+
+    if not resumable:
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _print_version(asked: bool) -> None:

@@ -10,7 +10,18 @@ from typing import Annotated
 import typer
 
 import fptq_onnx
-from fptq_onnx.cli.common import AsJson, OnProvider, Provider, TokenizerPath, app, err, out, overrides, reporting_errors
+from fptq_onnx.cli.common import (
+    AsJson,
+    OnProvider,
+    Provider,
+    TokenizerPath,
+    app,
+    err,
+    out,
+    overrides,
+    reporting_errors,
+    stop_on_interrupt,
+)
 from fptq_onnx.errors import VerificationError
 from fptq_onnx.progress import TerminalProgress
 from fptq_onnx.recipe import Recipe
@@ -81,6 +92,27 @@ def convert(
         float | None,
         typer.Option("--max-kl", help="Exit 3 if the mean KL from the float model is larger.", show_default=False),
     ] = None,
+    work_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--work-dir",
+            help="Keep finished blocks here: after Ctrl-C (exit code 75), a crash or a kill the same command goes on. "
+            "Removed when the conversion is done.",
+            show_default=False,
+        ),
+    ] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            "--max-memory",
+            help="Memory to plan with, such as 8GiB: above it hidden states and results go to disk and the "
+            "verification runs block by block. \\[default: 4/5 of what is free]",
+            show_default=False,
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Threads of each session.", show_default=False)
+    ] = None,
     provider: OnProvider = Provider.CPU,
     as_json: AsJson = False,
 ) -> None:
@@ -89,22 +121,27 @@ def convert(
     if calibration is None:
         err.print("no --calibration: calibrating data-free on random tokens", style="yellow")
     try:
-        report = fptq_onnx.convert(
-            model,
-            output,
-            calibration=calibration,
-            tokenizer=tokenizer,
-            recipe=settings,
-            output_format=output_format.value,
-            exclude=exclude,
-            plan=plan,
-            fuse=fuse,
-            dry_run=dry_run,
-            verify_tokens=verify_tokens,
-            max_kl=max_kl,
-            provider=provider.value,
-            progress=TerminalProgress(),
-        )
+        with stop_on_interrupt(work_dir is not None) as stop:
+            report = fptq_onnx.convert(
+                model,
+                output,
+                calibration=calibration,
+                tokenizer=tokenizer,
+                recipe=settings,
+                output_format=output_format.value,
+                exclude=exclude,
+                plan=plan,
+                fuse=fuse,
+                dry_run=dry_run,
+                verify_tokens=verify_tokens,
+                max_kl=max_kl,
+                provider=provider.value,
+                threads=threads,
+                max_memory=max_memory,
+                work_dir=work_dir,
+                stop=stop,
+                progress=TerminalProgress(),
+            )
     except VerificationError as error:
         if isinstance(error.report, Report):
             _print_report(error.report, as_json)

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-__all__ = ["EXTERNAL_DATA_THRESHOLD", "load_model", "save_model", "source_file", "source_files"]
+__all__ = [
+    "EXTERNAL_DATA_THRESHOLD",
+    "load_model",
+    "release_mappings",
+    "save_model",
+    "source_file",
+    "source_files",
+]
 
+import contextlib
 import logging
 import os
 import pathlib
@@ -33,6 +41,7 @@ EXTERNAL_DATA_THRESHOLD = 100 * 2**20
 """Bytes of initializers above which ``save_model`` writes them to a file of their own."""
 
 _SOURCE = "fptq_onnx.source"
+_MAPPED = "fptq_onnx.mapped"
 _LFS = b"version https://git-lfs"
 # Smaller tensors stay in the model file. The others start on a page, as memory mapping and vector loads like it.
 _EMBEDDED_BYTES = 1024
@@ -79,6 +88,7 @@ def load_model(path: str | os.PathLike[str]) -> ir.Model:
     ir.passes.common.NameFixPass(_NodeNames())(model)
     _infer_missing_shapes(model)
     model.meta[_SOURCE] = file
+    model.meta[_MAPPED] = list(_external_tensors(model))
     logger.debug("loaded %s: IR %d, opsets %s", file, model.ir_version, dict(model.opset_imports))
     return model
 
@@ -94,6 +104,17 @@ def source_files(model: ir.Model) -> set[pathlib.Path]:
     files = {pathlib.Path(tensor.path).resolve() for tensor in _external_tensors(model)}
     source = source_file(model)
     return files if source is None else files | {pathlib.Path(os.path.realpath(source))}
+
+
+def release_mappings(model: ir.Model) -> None:
+    """Unmap the external data that were read so far, so that they stop counting as memory of this process.
+
+    They are mapped again when somebody reads them, also through constants that passes computed from them.
+    """
+    for tensor in model.meta.get(_MAPPED, ()):
+        # An array that somebody still holds keeps its mapping alive.
+        with contextlib.suppress(BufferError):
+            tensor.release()
 
 
 def save_model(model: ir.Model, path: str | os.PathLike[str]) -> None:

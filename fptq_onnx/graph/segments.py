@@ -61,6 +61,12 @@ class Segmentation:
         """Index of the segment in which a layer runs."""
         return self._places.get(layer.node, 0)
 
+    @property
+    def description(self) -> str:
+        """Into what the model is cut, or why it is not; a clause for the report."""
+        count = len(self.segments)
+        return f"{count} segments" if self.refused is None else f"not cut into blocks: {self.refused}"
+
     @cached_property
     def _places(self) -> dict[ir.Node, int]:
         return {node: segment.index for segment in self.segments for node in segment.nodes}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 import os
@@ -147,7 +148,7 @@ class WorkDir:
     @staticmethod
     def clear_abandoned(folder: Path, prefix: str) -> None:
         """Remove the directories of dead processes in `folder` whose names begin with `prefix`."""
-        for path in folder.glob(f"{prefix}*"):
+        for path in folder.glob(f"{glob.escape(prefix)}*"):
             if path.is_dir() and (path / _LOCK).exists():
                 handle = _try_lock(path / _LOCK)
                 if handle is not None:

@@ -42,6 +42,7 @@ class DecoderConfig:
 
 
 CONFIGS = {
+    "llama-2-7b": DecoderConfig(32, 4096, 11008, 32, 32, 128, 32000, positions=4096, rope_theta=10_000.0),
     "llama-3-8b": DecoderConfig(32, 4096, 14336, 32, 8, 128, 128256),
     "smollm2-135m": DecoderConfig(30, 576, 1536, 9, 3, 64, 49152, rope_theta=100_000.0),
 }

@@ -100,7 +100,7 @@ class WorkDir:
         target = self._file(name)
         partial = target.with_name(target.name + _PARTIAL)
         foreign = {key: str(array.dtype) for key, array in arrays.items() if array.dtype in _FOREIGN}
-        plain = {key: np.ascontiguousarray(array) for key, array in arrays.items()}
+        plain = {key: np.asarray(array, order="C") for key, array in arrays.items()}
         plain = {key: array.view(_FOREIGN.get(array.dtype, array.dtype)) for key, array in plain.items()}
         try:
             save_file(plain, partial, metadata={"notes": json.dumps(notes or {}), "types": json.dumps(foreign)})

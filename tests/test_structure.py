@@ -58,7 +58,7 @@ ALLOWED = {
     "reporting": {"graph", "quantization", "recipe", "calibration", "passes", "planning", "report"},
     "resources": {"errors", "graph", "recipe"},
     "export": {"errors", "progress", "graph"},
-    "packaging": {"errors", "graph", "ops"},
+    "packaging": {"errors", "graph", "ops", "generation"},
     "doctor": {"errors", "report", "graph", "ops", "runtime", "calibration", "genai", "generation"},
     "benchmark": {"errors", "progress", "report", "graph", "ops", "runtime", "evaluation", "generation"},
 }

@@ -26,6 +26,7 @@ from fptq_onnx.errors import FptqError, ModelError
 from fptq_onnx.graph.feeds import ModelInputs
 from fptq_onnx.runtime import session
 
+_GOODBYE = 5.0
 _PROFILED_RUNS = 3
 _PROFILED_STEPS = 4
 
@@ -76,10 +77,11 @@ class Worker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End the process."""
-        with contextlib.suppress(OSError, ValueError):
-            self._connection.send(None)
-        self._process.join(timeout=5)
+        """End the process; at once if the block failed or was interrupted."""
+        if kind is None:
+            with contextlib.suppress(OSError, ValueError):
+                self._connection.send(None)
+            self._process.join(timeout=_GOODBYE)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()

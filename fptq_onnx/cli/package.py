@@ -19,7 +19,7 @@ __all__ = ["package"]
 @app.command()
 @reporting_errors
 def package(
-    model: Annotated[Path, typer.Argument(help="ONNX model, float or quantized.", show_default=False)],
+    model: Annotated[Path, typer.Argument(help="ONNX model, or a folder that holds one.", show_default=False)],
     triton: Annotated[
         Path, typer.Option("--triton", help="Triton model repository to add the model to.", show_default=False)
     ],

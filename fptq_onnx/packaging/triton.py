@@ -14,6 +14,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from fptq_onnx.errors import ModelError, RuntimeUnavailableError
+from fptq_onnx.generation.generate import find_model
 from fptq_onnx.graph.model_file import load_model, source_files
 from fptq_onnx.ops import DOMAIN, get_library_path, library_info
 from fptq_onnx.packaging.triton_config import TritonOptions, can_batch, check_schema, render_config, tensors_of
@@ -65,7 +66,7 @@ def package_triton(
     passed by the client from each response to the next request.
 
     Args:
-        model: The ONNX file; its external data are copied too.
+        model: The ONNX file, or a folder with genai_config.json or model.onnx; external data are copied too.
         repository: The model repository; it is made if it does not exist.
         name: Name of the model; by default the file's name up to the first dot, or its folder's for "model.onnx".
         options: How the server runs it.
@@ -75,7 +76,7 @@ def package_triton(
         ModelError: The model cannot be read or described, the name is taken or not usable, or writing failed.
         RuntimeUnavailableError: The model needs the op library, or CUDA kernels in it, and there is none.
     """
-    path, folder = Path(model), Path(repository)
+    path, folder = find_model(Path(model)), Path(repository)
     options = options or TritonOptions()
     loaded = load_model(path)
     name = name or _default_name(path)

@@ -191,6 +191,15 @@ def test_a_process_that_dies_is_reported() -> None:
     assert worker._process.exitcode == -signal.SIGKILL
 
 
+def test_an_interrupt_ends_the_process_at_once() -> None:
+    path = families.model("llama", families.DYNAMO).path
+    worker = Worker(path, describe_inputs(load_model(path)), False, QUICK)
+    with pytest.raises(KeyboardInterrupt), worker:
+        worker.open()
+        raise KeyboardInterrupt
+    assert worker._process.exitcode == -signal.SIGKILL
+
+
 def test_peak_memory_starts_again() -> None:
     reset_peak()
     before = resident_bytes()

@@ -101,7 +101,7 @@ def test_float_model_with_external_data(tmp_path: Path, client_python: Path) -> 
     """Data files come along, under the names the model has for them; no library where nothing needs it."""
     tiny = families.model("llama", families.GENAI_FP16)
     assert tiny.path.with_name("model.onnx.data").is_file()
-    written = package_triton(tiny.path, tmp_path)
+    written = package_triton(tiny.path.parent, tmp_path)
     assert written.name == tiny.path.parent.name
     assert written.files == tuple(
         f"{written.name}/{file}" for file in ("1/model.onnx", "1/model.onnx.data", "config.pbtxt")

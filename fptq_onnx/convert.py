@@ -208,6 +208,7 @@ def convert(
             )
             graph.model.metadata_props[RECIPE_KEY] = json.dumps(settings.resolved())
             complete_layers(report, graph.model, applied, quantized.methods, decisions)
+            report.segment_seconds = data.seconds
         refuse_overwriting((target, Path(f"{target}.data")), source_files(graph.model))
         with staged(target) as staging:
             with watch.stage("save"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -220,14 +221,18 @@ def quantize_layers(
     with progress.stage("Quantizing", count) as advance:
         for segment in segments:
             here, record = by_segment[segment.index], f"weights.{segment.index:04d}"
-            restored = stored.restore(record)
+            restored, begun = stored.restore(record), time.monotonic()
             arrays, notes = restored if restored is not None else ({}, {})
             fresh = restored is None and (bool(here) or segment.index <= last)
             if fresh:
                 with weights_in_memory(model, segment):
-                    arrays, notes = work.do(walk, segment, here, segment.index <= last, stored, record)
+                    weights, arrays, refined = work.do(walk, segment, here, segment.index <= last)
+                notes = {"methods": refined, "seconds": round(time.monotonic() - begun, 3)}
+                stored.put(record, weights, arrays, notes)
             walk.done(segment)
-            methods |= {name: tuple(method) for name, method in notes.items()}
+            if notes:
+                calibration.took(segment, "quantize", notes["seconds"])
+                methods |= {name: tuple(method) for name, method in notes["methods"].items()}
             shifts |= {key.removeprefix(_SHIFT): array for key, array in arrays.items() if key.startswith(_SHIFT)}
             seen |= _unpack({key: array for key, array in arrays.items() if not key.startswith(_SHIFT)})
             advance(sum(entries[layer.name].weight_method != "float" for d in here for layer in d.group.layers))
@@ -264,15 +269,9 @@ class _SegmentWork:
         return any(self._needs_moments(d) or self._needs_range(d) for d in decisions)
 
     def do(
-        self,
-        walk: Walk,
-        segment: Segment,
-        decisions: Sequence[GroupDecision],
-        runs: bool,
-        stored: StoredWeights,
-        record: str,
-    ) -> tuple[dict[str, npt.NDArray[Any]], dict[str, tuple[str, str]]]:
-        """Observe a segment, quantize its weights and store them; the arrays and notes as `StoredWeights` has them."""
+        self, walk: Walk, segment: Segment, decisions: Sequence[GroupDecision], runs: bool
+    ) -> tuple[dict[str, QuantizedWeight | Int8Weight], dict[str, npt.NDArray[Any]], dict[str, tuple[str, str]]]:
+        """Observe a segment and quantize its weights: they, further arrays and methods, as `StoredWeights` has them."""
         ranges = {d.name: self._calibration.observer(self._value(d)) for d in decisions if self._needs_range(d)}
         channels = {d.name: d.group.k for d in decisions if self._needs_moments(d)}
         passes = list(passes_within(channels, self._calibration.moments_bytes)) or [[]]
@@ -297,8 +296,7 @@ class _SegmentWork:
             if decided.name not in channels:
                 self._quantize(decided, None, weights, methods)
         arrays = _pack({name: observer.statistics for name, observer in ranges.items()}) | shifts
-        stored.put(record, weights, arrays, methods)
-        return arrays, methods
+        return weights, arrays, methods
 
     def _quantize(
         self,

@@ -120,6 +120,7 @@ class Report:
     embedding: str = "float"
     verification: Verification | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    segment_seconds: dict[str, dict[str, float]] = field(default_factory=dict)
     peak_memory_bytes: int = 0
     versions: dict[str, str] = field(default_factory=dict)
 

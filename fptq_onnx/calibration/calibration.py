@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from fptq_onnx.calibration.tokens import find_tokenizer
 from fptq_onnx.calibration.walk import Walk
 from fptq_onnx.errors import StoppedError
 from fptq_onnx.graph.feeds import ModelInputs, describe_inputs
-from fptq_onnx.graph.segments import Segmentation
+from fptq_onnx.graph.segments import Segment, Segmentation
 from fptq_onnx.progress import Progress
 from fptq_onnx.quantization.statistics import ActivationStatistics
 from fptq_onnx.recipe import Recipe
@@ -54,6 +55,7 @@ class Calibration:
         data: The data in use, once `open` was called.
         moments_bytes: As given.
         work: Where finished segments are kept; None keeps them in memory.
+        seconds: By label of the segment and name of the stage, what it took, in this process or an earlier one.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Calibration:
         self._inputs = ModelInputs(())
         self.data: CalibrationData | None = None
         self.work: WorkDir | None = None
+        self.seconds: dict[str, dict[str, float]] = {}
 
     def open(self, model: ir.Model) -> None:
         """Open the data for a model.
@@ -157,8 +160,10 @@ class Calibration:
                 record = f"statistics.{segment.index:04d}"
                 names = [name for name, index in activations.items() if index == segment.index]
                 restored = self.work is not None and self.work.has(record)
+                begun = time.monotonic()
                 if self.work is not None and restored:
-                    arrays, _ = self.work.load(record)
+                    arrays, notes = self.work.load(record)
+                    self.took(segment, "calibrate", notes["seconds"])
                     advance(self.steps(1))
                 else:
                     observers = {name: self.observer(name) for name in names}
@@ -168,8 +173,9 @@ class Calibration:
                         for number, observer in enumerate(observers.values())
                         for field, array in observer.statistics.to_dict().items()
                     }
+                    seconds = self.took(segment, "calibrate", time.monotonic() - begun)
                     if self.work is not None:
-                        self.work.save(record, arrays)
+                        self.work.save(record, arrays, {"seconds": seconds})
                 walk.done(segment)
                 for number, name in enumerate(names):
                     fields = {k.partition(".")[2]: v for k, v in arrays.items() if k.partition(".")[0] == str(number)}
@@ -202,6 +208,13 @@ class Calibration:
     def steps(self, segments: int) -> int:
         """What a progress bar counts for some segments: batches."""
         return segments * max(1, self.opened.count or 1)
+
+    def took(self, segment: Segment, stage: str, seconds: float) -> float:
+        """Note what a stage of a segment took; the seconds, rounded as in reports."""
+        rounded = round(seconds, 3)
+        self.seconds.setdefault(segment.label, {})[stage] = rounded
+        logger.info("%s: %s in %.1f s", segment.label, stage, rounded)
+        return rounded
 
     def stop_if_asked(self, where: str) -> None:
         """Raise StoppedError if somebody asked to stop and the work can be taken up again."""

@@ -150,7 +150,7 @@ def convert(
         segments = find_segments(graph.model, graph.linears)
         expected = estimate(graph.model, segments, graph.linears.layers, settings, data.size()[1])
     on_disk = work_dir is not None or expected.on_disk(budget)
-    progress.note(expected.describe(budget, on_disk))
+    progress.note(expected.describe(budget, on_disk=on_disk, verified=verify_tokens > 0))
 
     def fingerprint() -> dict[str, str]:
         return {
@@ -226,7 +226,7 @@ def convert(
                         max_kl=limit,
                         provider=provider,
                         threads=threads,
-                        by_blocks=expected.whole_bytes > budget.bytes,
+                        by_blocks=expected.by_blocks(budget),
                         progress=progress,
                         stop=data.stop_if_asked,
                     )

@@ -106,20 +106,32 @@ class Estimate:
         """Whether states and results have to lie on disk."""
         return self.state_bytes + self.result_bytes > budget.share
 
-    def peak(self, on_disk: bool) -> int:
+    def by_blocks(self, budget: Budget) -> bool:
+        """Whether the float model does not fit in memory whole, so that it is verified block by block."""
+        return self.whole_bytes + self.result_bytes > budget.bytes
+
+    def peak(self, budget: Budget, *, on_disk: bool, verified: bool) -> int:
         """Largest resident set."""
         kept = 0 if on_disk else self.state_bytes + self.result_bytes
-        return _BASE_BYTES + self.model_bytes + self.segment_bytes + kept
+        # The quantized model runs beside the float one.
+        whole = self.whole_bytes + self.result_bytes if verified and not self.by_blocks(budget) else 0
+        return _BASE_BYTES + self.model_bytes + max(self.segment_bytes + kept, whole)
 
-    def describe(self, budget: Budget, on_disk: bool) -> str:
-        """The estimate in one line."""
+    def describe(self, budget: Budget, *, on_disk: bool, verified: bool) -> str:
+        """The estimate in one line.
+
+        Args:
+            budget: The memory to plan with.
+            on_disk: Whether states and results lie on disk.
+            verified: Whether the result is compared with the float model.
+        """
         cut = self.segments.description
-        peak = self.peak(on_disk)
-        over = "" if peak <= budget.bytes else f", MORE than the {_gib(budget.bytes)} of --max-memory"
+        peak = self.peak(budget, on_disk=on_disk, verified=verified)
+        over = "" if peak <= budget.bytes else f", MORE than the {_size(budget.bytes)} of --max-memory"
         place = "on disk" if on_disk else "in memory"
         return (
-            f"estimate: {cut}, peak memory {_gib(peak)}{over}, hidden states {_gib(self.state_bytes)} and results "
-            f"{_gib(self.result_bytes)} {place}, about {_duration(self.seconds)} on this machine"
+            f"estimate: {cut}, peak memory {_size(peak)}{over}, hidden states {_size(self.state_bytes)} and results "
+            f"{_size(self.result_bytes)} {place}, about {_duration(self.seconds)} on this machine"
         )
 
 
@@ -207,7 +219,7 @@ def _itemsize(layer: LinearLayer) -> int:
     return 4 if dtype is None else max(1, int(dtype.itemsize))
 
 
-def _gib(size: float) -> str:
+def _size(size: float) -> str:
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.0f} MiB"
 
 

@@ -66,14 +66,14 @@ def record_path(created: str, cpu: str, kind: str) -> Path:
     return next(path for name in names if not (path := RECORDS / f"{name}.json").exists())
 
 
-def write_record(kind: str, content: dict[str, Any], path: Path | None) -> Path:
+def write_record(kind: str, content: dict[str, Any], path: Path | None, program: str = "tools/bench_cpu.py") -> Path:
     """Write `content` with what every record holds; `path` overrides the name."""
     description, created = machine(), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     record = {
         "kind": kind,
         "created": created,
         "commit": os.environ.get("FPTQ_GIT_COMMIT") or _commit(),
-        "command": " ".join(["python", "tools/bench_cpu.py", *sys.argv[1:]]),
+        "command": " ".join(["python", program, *sys.argv[1:]]),
         "machine": description,
         **content,
     }

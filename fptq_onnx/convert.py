@@ -23,11 +23,12 @@ from fptq_onnx.graph.model_file import load_model, save_model, source_files
 from fptq_onnx.graph.opset import ensure_opset
 from fptq_onnx.graph.output_files import refuse_overwriting, staged, write_text
 from fptq_onnx.graph.segments import find_segments
-from fptq_onnx.planning import decide_groups, make_plan, observed_groups
+from fptq_onnx.planning import decide_groups, make_plan, observed_groups, step_errors
 from fptq_onnx.progress import Progress, SilentProgress
+from fptq_onnx.quantization.fallback import fall_back, keep_float
 from fptq_onnx.quantization.plan import Plan
 from fptq_onnx.quantizing import equalize, quantize_layers, rotate
-from fptq_onnx.recipe import Recipe
+from fptq_onnx.recipe import FallbackRecipe, Recipe
 from fptq_onnx.report import Report, Stopwatch, is_report, peak_memory_bytes, versions
 from fptq_onnx.reporting import complete_layers, start_report, stored_bytes, why_nothing
 from fptq_onnx.resources import Budget, estimate
@@ -42,6 +43,8 @@ __all__ = ["Format", "convert", "default_output"]
 logger = logging.getLogger(__name__)
 
 RECIPE_KEY = "fptq.recipe"
+# Aim below the allowed divergence: errors do not add up exactly.
+_FALLBACK_MARGIN = 0.8
 _PATH = (str, os.PathLike)
 
 
@@ -169,11 +172,14 @@ def convert(
             places = {str(group.activation.name): segments.of(group.layers[0]) for group in groups}
             statistics = data.observe(graph.model, segments, places)
         with watch.stage("plan"):
-            decisions = decide_groups(groups, statistics, settings, edited)
+            decisions = decide_groups(groups, statistics, settings, edited, data.samples)
             made = make_plan(graph.linears.layers, decisions, settings)
             if edited is not None:
                 edited.fit(made)
                 made = dataclasses.replace(edited, recipe=made.recipe)
+            errors = step_errors(decisions, data.samples, settings) if settings.fallback != FallbackRecipe() else {}
+            if edited is None:
+                made = keep_float(made, errors, settings.fallback.float_layers)
             entries = {entry.name: entry for entry in made.layers}
             report = start_report(
                 source,
@@ -237,6 +243,26 @@ def convert(
             staging.publish()
     if report.verification is not None and not report.verification.passed:
         kl_mean = report.verification.kl_mean
+        if kl_mean is not None and limit is not None and settings.fallback.rounds:
+            logger.warning("mean KL %.4f is over %g: converting again with layers fallen back", kl_mean, limit)
+            return convert(
+                source,
+                target,
+                calibration=calibration if isinstance(calibration, _PATH) or calibration is None else list(data.opened),
+                tokenizer=tokenizer,
+                recipe=settings.with_overrides({"fallback.rounds": settings.fallback.rounds - 1}),
+                output_format=output_format,
+                plan=fall_back(made, errors, _FALLBACK_MARGIN * limit / kl_mean),
+                fuse=fuse,
+                verify_tokens=verify_tokens,
+                max_kl=limit,
+                provider=provider,
+                threads=threads,
+                max_memory=max_memory,
+                work_dir=work_dir,
+                stop=stop,
+                progress=progress,
+            )
         raise VerificationError(
             str(target),
             f"there are no logits whose KL could be held against max_kl {limit}"

@@ -37,7 +37,8 @@ from fptq_onnx.quantization.int8 import Int8Weight, quantize_int8
 from fptq_onnx.quantization.plan import LayerPlan
 from fptq_onnx.quantization.policy import Scheme
 from fptq_onnx.quantization.refine import refine
-from fptq_onnx.quantization.static_range import activation_qparams, static_bounds
+from fptq_onnx.quantization.search import search_range
+from fptq_onnx.quantization.static_range import RangeMethod, activation_qparams, static_bounds
 from fptq_onnx.quantization.statistics import ActivationStatistics
 from fptq_onnx.recipe import Recipe
 from fptq_onnx.storage.weights import StoredWeights
@@ -47,6 +48,7 @@ __all__ = ["QuantizedLayers", "equalize", "quantize_layers", "rotate"]
 logger = logging.getLogger(__name__)
 
 _SHIFT = "also.shift:"
+_SEARCHED_RANGES: tuple[RangeMethod, ...] = ("absmax", "mse")
 
 
 def rotate(model: ir.Model, settings: Recipe) -> dict[str, str]:
@@ -92,19 +94,43 @@ def _divided(
     return {**statistics, **divided}
 
 
+def _bounds(
+    decided: GroupDecision, seen: ActivationStatistics, sample: npt.NDArray[np.float32] | None, settings: Recipe
+) -> tuple[float, float]:
+    """Static range of an activation X / s.
+
+    Args:
+        decided: The activation and its layers, whose weights are still float.
+        seen: Statistics of X / s.
+        sample: Tokens of X.
+        settings: The recipe.
+    """
+    choice = settings.activations
+    low, high = float(seen.channel_min.min(initial=0)), float(seen.channel_max.max(initial=0))
+    if choice.static_range != "output":
+        return static_bounds(low, high, seen.histogram, choice.static_range, choice.percentile)
+    assert sample is not None
+    candidates: dict[str, tuple[float, float]] = {
+        method: static_bounds(low, high, seen.histogram, method) for method in _SEARCHED_RANGES
+    }
+    scale = decided.decision.equalization_scale
+    best = search_range(
+        sample if scale is None else sample / scale,
+        (layer.weight_array() for layer in decided.group.layers),
+        candidates,
+        symmetric=choice.symmetric,
+        token_cap=settings.weights.token_cap,
+    )
+    return candidates[best]
+
+
 def _quantizer(
-    scheme: Scheme, seen: ActivationStatistics, dtype: npt.DTypeLike, settings: Recipe
+    scheme: Scheme, bounds: tuple[float, float] | None, dtype: npt.DTypeLike, settings: Recipe
 ) -> ActivationQuantizer:
-    if scheme is Scheme.PER_TOKEN:
+    if bounds is None or not scheme.is_static:
         return PerTokenQuantizer()
     choice = settings.activations
-    low, high = static_bounds(
-        float(seen.channel_min.min(initial=0)),
-        float(seen.channel_max.max(initial=0)),
-        seen.histogram,
-        choice.static_range,
-        choice.percentile,
-    )
+    low, high = bounds
     scale, zero_point = activation_qparams(low, high, symmetric=choice.symmetric, dtype=dtype)
     return StaticQuantizer(float(scale), int(zero_point))
 
@@ -240,10 +266,13 @@ def quantize_layers(
                 calibration.stop_if_asked(f"quantizing, {segment.label}")
     layers = {}
     for decided in decisions:
+        static = any(entries[layer.name].scheme.is_static for layer in decided.group.layers)
+        sample = calibration.samples.get(decided.name)
+        bounds = _bounds(decided, seen[decided.name], sample, settings) if static else None
         for layer in decided.group.layers:
             entry = entries[layer.name]
             if entry.is_quantized:
-                activation = _quantizer(entry.scheme, seen[decided.name], _float_dtype(layer), settings)
+                activation = _quantizer(entry.scheme, bounds, _float_dtype(layer), settings)
                 weight = None if entry.weight_method == "float" else partial(stored.get, layer.name)
                 layers[layer.name] = LayerQuantization(activation, weight, shifts.get(layer.name))
     return QuantizedLayers(layers, methods)

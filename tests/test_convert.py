@@ -248,6 +248,40 @@ def test_recipes_of_the_package(tmp_path: Path, name: str) -> None:
     assert relative_error(result.run(token_ids, library=False), result.run(token_ids)) < 1e-4
 
 
+def test_equalizers_are_searched_by_output_error(tmp_path: Path) -> None:
+    """For every activation; the plan that comes out converts to the same bytes."""
+    changes = {"equalization__method": "search", "activations__v0": 0, "activations__v1": 1e9}
+    changes["activations__static_range"] = "output"
+    report = _convert(tmp_path / "out.onnx", **changes)
+    reasons = [layer.reason for layer in report.layers if layer.role != "lm_head"]
+    assert all("best static error" in reason and "per-token" in reason for reason in reasons)
+    assert report.schemes()["static"] + report.schemes()["equalized-static"] > 10
+    _convert(tmp_path / "plan.onnx", dry_run=True, **changes)
+    _convert(tmp_path / "again.onnx", plan=tmp_path / "plan.plan.json", **changes)
+    found, again = (constants(load_model(tmp_path / name)) for name in ("out.onnx", "again.onnx"))
+    assert found.keys() == again.keys()
+    assert all(np.array_equal(array, again[name]) for name, array in found.items())
+
+
+def test_float_layers_are_those_of_largest_error(tmp_path: Path) -> None:
+    report = _convert(tmp_path / "out.onnx", fallback__float_layers=3)
+    kept = [layer for layer in report.layers if layer.scheme == "float" and layer.role != "lm_head"]
+    assert len(kept) == 3 and all("largest output error" in layer.reason for layer in kept)
+
+
+def test_falling_back_meets_the_budget(tmp_path: Path) -> None:
+    """Down the chain until the divergence is allowed; without it the same limit is missed."""
+    usual = converted("llama", families.DYNAMO).report.verification.kl_mean
+    limit = usual / 3
+    with pytest.raises(VerificationError):
+        _convert(tmp_path / "missed.onnx", verify_tokens=2 * LENGTH, max_kl=limit)
+    report = _convert(tmp_path / "out.onnx", verify_tokens=2 * LENGTH, max_kl=limit, fallback__rounds=4)
+    assert report.verification.passed and 0 < report.verification.kl_mean <= limit
+    changed = [layer for layer in report.layers if "fallen back" in layer.reason]
+    assert {layer.weight_method for layer in changed} & {"int8", "float"}
+    assert any(layer.weight_method.startswith("absmax7") for layer in report.layers)
+
+
 @pytest.mark.parametrize("grid", ["signed8", "mse_clip", "weighted_clip"])
 def test_grids(tmp_path: Path, grid: str) -> None:
     report = _convert(tmp_path / "out.onnx", weights__grid=grid, verify_tokens=2 * LENGTH)

@@ -26,6 +26,8 @@ class Row:
     changes: dict[str, Any]
 
 
+_INT8_TABLE = {"layers.lm_head": "int8", "layers.embedding": "int8"}
+
 # Each step keeps the changes of the steps above it.
 STEPS: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
     ("paper", "FPTQ as published (int4 absmax/7, g128, LAE, 15/150)", {}),
@@ -34,8 +36,14 @@ STEPS: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
     ("rotation", "+ Hadamard rotation of stream and heads", {"rotation.residual": True, "rotation.heads": True}),
     ("gptq", "+ GPTQ in activation order", {"weights.rounding": "gptq"}),
     ("mse-range", "+ static ranges of least squared error", {"activations.static_range": "mse"}),
-    ("two-buckets", "+ per token from 15 on, no equalized bucket", {"activations.v1": 15}),
-    ("integer-scales", "+ integer scales (balanced)", {"weights.scales": "integer"}),
+    ("output-range", "+ absmax instead where the layers' outputs say so", {"activations.static_range": "output"}),
+    ("search", "+ equalizer of the middle bucket searched by output error", {"equalization.method": "search"}),
+    ("integer-scales", "+ integer scales", {"weights.scales": "integer"}),
+    (
+        "int8-table",
+        "+ int8 head and embedding, one table (balanced)",
+        {"layers.lm_head": "int8", "layers.embedding": "int8"},
+    ),
 )
 
 
@@ -56,25 +64,22 @@ def _instead(name: str, title: str, changes: Mapping[str, Any]) -> Row:
 
 
 _PER_TOKEN = {"activations.scheme": "per-token"}
-
-_INT8_TABLE = {"layers.lm_head": "int8", "layers.embedding": "int8"}
+_ACCURATE = _PER_TOKEN | {"weights.group_size": 64}
+_EVERY = {"activations.v0": 0, "activations.v1": 1e9}
 
 LANGUAGE_ROWS: tuple[Row, ...] = (
     *_chain(),
-    _instead("int8-head", "+ int8 head and embedding, one table", _INT8_TABLE),
-    _instead("per-token", "the same, every activation per token", _INT8_TABLE | _PER_TOKEN),
-    _instead("g64", "the same, groups of 64", _INT8_TABLE | _PER_TOKEN | {"weights.group_size": 64}),
+    _instead("two-buckets", "balanced, per token from 15 on instead of the search", {"activations.v1": 15}),
+    _instead("per-token", "balanced, every activation per token", _PER_TOKEN),
+    _instead("accurate", "the same, groups of 64 (accurate)", _ACCURATE),
 )
 
 ENCODER_ROWS: tuple[Row, ...] = (
     *_chain(),
-    _instead("int8-embedding", "+ int8 embedding", {"layers.embedding": "int8"}),
-    _instead("bias-correction", "+ bias correction", {"layers.embedding": "int8", "weights.bias_correction": True}),
-    _instead(
-        "asymmetric",
-        "+ asymmetric static activations",
-        {"layers.embedding": "int8", "weights.bias_correction": True, "activations.symmetric": False},
-    ),
+    _instead("two-buckets", "balanced, per token from 15 on instead of the search", {"activations.v1": 15}),
+    _instead("search-all", "balanced, equalizer searched for every activation", _EVERY),
+    _instead("bias-correction", "balanced, bias correction", {"weights.bias_correction": True}),
+    _instead("asymmetric", "balanced, asymmetric static activations", {"activations.symmetric": False}),
     _instead("per-token", "balanced, every activation per token", _PER_TOKEN),
-    _instead("g64", "balanced, per token, groups of 64 (accurate)", _PER_TOKEN | {"weights.group_size": 64}),
+    _instead("accurate", "the same, groups of 64 (accurate)", _ACCURATE),
 )

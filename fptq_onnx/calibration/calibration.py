@@ -18,6 +18,7 @@ import onnx_ir as ir
 from fptq_onnx.calibration.data import CalibrationData, calibration_data
 from fptq_onnx.calibration.memory_session import memory_session
 from fptq_onnx.calibration.observers import StatisticsObserver, TokenGroup
+from fptq_onnx.calibration.samples import SampleObserver, sample_stride
 from fptq_onnx.calibration.tokens import find_tokenizer
 from fptq_onnx.calibration.walk import Walk
 from fptq_onnx.errors import StoppedError
@@ -84,6 +85,7 @@ class Calibration:
         self._inputs = ModelInputs(())
         self.data: CalibrationData | None = None
         self.work: WorkDir | None = None
+        self.samples: dict[str, npt.NDArray[np.float32]] = {}
         self.seconds: dict[str, dict[str, float]] = {}
 
     def open(self, model: ir.Model) -> None:
@@ -167,12 +169,14 @@ class Calibration:
                     advance(self.steps(1))
                 else:
                     observers = {name: self.observer(name) for name in names}
-                    walk.run(segment, list(observers.values()), advance)
+                    samplers = self._samplers(names)
+                    walk.run(segment, [*observers.values(), *samplers], advance)
                     arrays = {
                         f"{number}.{field}": array
                         for number, observer in enumerate(observers.values())
                         for field, array in observer.statistics.to_dict().items()
                     }
+                    arrays |= {f"{number}.sample": sampler.sample for number, sampler in enumerate(samplers)}
                     seconds = self.took(segment, "calibrate", time.monotonic() - begun)
                     if self.work is not None:
                         self.work.save(record, arrays, {"seconds": seconds})
@@ -180,6 +184,8 @@ class Calibration:
                 for number, name in enumerate(names):
                     fields = {k.partition(".")[2]: v for k, v in arrays.items() if k.partition(".")[0] == str(number)}
                     found[name] = ActivationStatistics.from_dict(fields)
+                    if "sample" in fields:
+                        self.samples[name] = fields["sample"]
                 if not restored:
                     self.stop_if_asked(f"calibrating, {segment.label}")
         logger.info("observed %d activations over %d batches, %d tokens", len(found), *self.size())
@@ -187,8 +193,18 @@ class Calibration:
 
     def observer(self, name: str) -> StatisticsObserver:
         """A fresh observer of an activation, of the tokens that the recipe lets count."""
-        leading = self._recipe.activations.leading_tokens
-        return StatisticsObserver(name, TokenGroup.REST if leading else TokenGroup.ALL)
+        return StatisticsObserver(name, self._counted)
+
+    @property
+    def _counted(self) -> TokenGroup:
+        return TokenGroup.REST if self._recipe.activations.leading_tokens else TokenGroup.ALL
+
+    def _samplers(self, names: Sequence[str]) -> list[SampleObserver]:
+        """Observers of a sample of each activation, if the recipe chooses by output errors."""
+        if not self._recipe.needs_samples:
+            return []
+        stride = sample_stride(self._recipe.calibration.sample_tokens, *self.size())
+        return [SampleObserver(name, stride, self._counted) for name in names]
 
     def walk(self, model: ir.Model, segments: Segmentation, phase: str, last: int) -> Walk:
         """A pass of the data through a model, whose states belong to `phase`."""

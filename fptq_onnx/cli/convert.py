@@ -113,11 +113,26 @@ def convert(
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="Threads of each session.", show_default=False)
     ] = None,
+    float_layers: Annotated[
+        int, typer.Option("--float-layers", metavar="N", min=0, help="Keep the N layers that err most float.")
+    ] = 0,
+    fall_back: Annotated[
+        int,
+        typer.Option(
+            "--fall-back",
+            metavar="ROUNDS",
+            min=0,
+            help="Convert again up to this often with layers on per-token scales, int8 weights or float, worst first, "
+            "until --max-kl is met.",
+        ),
+    ] = 0,
     provider: OnProvider = Provider.CPU,
     as_json: AsJson = False,
 ) -> None:
     """Calibrate, plan, quantize, verify and save a W4A8 model."""
     settings = Recipe.load(recipe, overrides(assignments))
+    budget = {"fallback.float_layers": float_layers, "fallback.rounds": fall_back}
+    settings = settings.with_overrides({name: value for name, value in budget.items() if value})
     if calibration is None:
         err.print("no --calibration: calibrating data-free on random tokens", style="yellow")
     try:

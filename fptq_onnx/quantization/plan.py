@@ -41,6 +41,7 @@ class LayerPlan:
         weight_method: "float", "int8" or an int4 grid. Editable; "float" leaves the layer's weight as it is.
         group_size: Rows of an int4 weight that share a scale. Editable.
         reason: Why, in words.
+        alpha: SmoothQuant's exponent where another than the recipe's was found. Editable.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
@@ -58,6 +59,7 @@ class LayerPlan:
     weight_method: WeightMethod
     group_size: int
     reason: str
+    alpha: float | None = None
 
     @property
     def is_quantized(self) -> bool:

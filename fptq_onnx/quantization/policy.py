@@ -46,6 +46,7 @@ class PolicySettings:
         alpha: SmoothQuant's exponent.
         floor: Smallest equalization scale as a fraction of the median.
         scale_bits: Significant bits of equalization scales, 0 for all.
+        insist: Equalize where it is asked for even if that does not even out the channels: a plan says so.
     """
 
     v0: float = 15.0
@@ -56,6 +57,7 @@ class PolicySettings:
     alpha: float = 0.5
     floor: float = 1e-2
     scale_bits: int = 0
+    insist: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +71,7 @@ class Decision:
         equalization_scale: float32 [K] to divide the activation by, or None.
         equalized_range: v after equalization with this scale (equal to ``activation_range`` without one).
         reason: One clause for the report.
+        alpha: SmoothQuant's exponent where it was searched for.
     """
 
     scheme: Scheme
@@ -77,6 +80,7 @@ class Decision:
     equalization_scale: Float32 | None
     equalized_range: float
     reason: str
+    alpha: float | None = None
 
 
 def activation_range(channel_min: FloatArray, channel_max: FloatArray, kind: RangeKind = "absmax") -> float:
@@ -136,7 +140,7 @@ def decide(
     )
     spread_before = _spread(channel_absmax)
     spread_after = _spread(equalized_absmax(channel_absmax, scale))
-    if spread_after >= spread_before:
+    if spread_after >= spread_before and not settings.insist:
         fallback = Scheme.PER_TOKEN if settings.scheme is None else Scheme.STATIC
         return _plain(fallback, v, f"{where}, but {settings.equalization} does not even out the channels: {fallback}")
     return Decision(

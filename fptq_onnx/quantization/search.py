@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fptq_onnx.quantization.equalize import lae_scale, scale_rows, smoothquant_scale, tie
+from fptq_onnx.quantization.equalize import lae_scale, round_mantissa, scale_rows, smoothquant_scale, tie
 from fptq_onnx.quantization.int4 import Float32, Grid, quantize_weight
 from fptq_onnx.quantization.policy import EqualizationMethod, Scheme
 from fptq_onnx.quantization.static_range import activation_qparams
 
-__all__ = ["ALPHAS", "Candidate", "Search", "quantize_per_token", "quantize_static", "search_scheme"]
+__all__ = [
+    "ALPHAS",
+    "Candidate",
+    "Search",
+    "quantize_per_token",
+    "quantize_static",
+    "search_range",
+    "search_scheme",
+    "token_weights",
+]
 
 FloatArray = npt.NDArray[np.floating[Any]]
 
@@ -75,6 +84,54 @@ def quantize_per_token(x: FloatArray) -> Float32:
     return kept
 
 
+def token_weights(samples: Float32, cap: float) -> npt.NDArray[np.float64]:
+    """Weight [tokens] of each token's squared error: 1, or (cap * median / own magnitude)^2 where that is less.
+
+    An attention sink, hundreds of times larger than the other tokens, would otherwise decide a sum of squares alone.
+
+    Args:
+        samples: float32 [tokens, K].
+        cap: Multiple of the median token's largest magnitude; 0 for equal weights.
+    """
+    peak = np.abs(samples).max(axis=1, initial=0).astype(np.float64)
+    if cap == 0 or not len(peak):
+        return np.ones(len(peak))
+    weights: npt.NDArray[np.float64] = np.square(np.minimum(1, cap * np.median(peak) / np.maximum(peak, 1e-30)))
+    return weights
+
+
+def search_range(
+    samples: Float32,
+    weights: Iterable[Float32],
+    candidates: Mapping[str, tuple[float, float]],
+    *,
+    symmetric: bool = True,
+    token_cap: float = 16.0,
+) -> str:
+    """The static range that moves the outputs of the layers behind an activation least, their weights kept float.
+
+    Args:
+        samples: float32 [tokens, K], inputs of the layers.
+        weights: The layers' weights, float32 [K, N_i], read one after another.
+        candidates: (low, high) by name.
+        symmetric: Zero point 128.
+        token_cap: See `token_weights`.
+
+    Returns:
+        The name of the best candidate, the first of equals.
+    """
+    tokens = token_weights(samples, token_cap)[:, None]
+    moved = {
+        name: quantize_static(samples, low, high, symmetric=symmetric) - samples
+        for name, (low, high) in candidates.items()
+    }
+    errors = dict.fromkeys(candidates, 0.0)
+    for weight in weights:
+        for name, difference in moved.items():
+            errors[name] += float(np.sum(tokens * np.square(difference @ weight, dtype=np.float64)))
+    return min(errors, key=lambda name: errors[name])
+
+
 def search_scheme(
     samples: Float32,
     weights: Sequence[Float32],
@@ -88,6 +145,8 @@ def search_scheme(
     floor: float = 1e-2,
     tolerance: float = 1.25,
     channel_map: npt.NDArray[np.integer[Any]] | None = None,
+    token_cap: float = 16.0,
+    scale_bits: int = 0,
 ) -> Search:
     """Quantize the layers behind one activation in every way and keep the best static one if it is good enough.
 
@@ -107,6 +166,8 @@ def search_scheme(
         tolerance: A static candidate wins if its error is at most this multiple of the per-token error: static scales
             cost nothing at run time.
         channel_map: Producer channels to tie scales over (see `tie`), or None.
+        token_cap: See `token_weights`.
+        scale_bits: Significant bits of equalization scales, 0 for all.
 
     Returns:
         The candidates, the chosen one first, the rest by error.
@@ -117,7 +178,10 @@ def search_scheme(
     weight_absmax = np.max([np.abs(w).max(axis=1) for w in weights], axis=0)
     targets = [samples @ w for w in weights]
 
+    counted = token_weights(samples, token_cap)[:, None]
+
     def tied(scale: Float32) -> Float32:
+        scale = round_mantissa(scale, scale_bits) if scale_bits else scale
         return scale if channel_map is None else tie(scale, channel_map)
 
     def error(scale: Float32 | None, per_token: bool) -> float:
@@ -133,8 +197,8 @@ def search_scheme(
         for w, target in zip(weights, targets, strict=True):
             rows = w if scale is None else scale_rows(w, scale)
             q = quantize_weight(rows, group_size, grid, scale_dtype, importance=importance).dequantize()
-            noise += float(np.sum(np.square(seen @ q - target, dtype=np.float64)))
-            signal += float(np.sum(np.square(target, dtype=np.float64)))
+            noise += float(np.sum(counted * np.square(seen @ q - target, dtype=np.float64)))
+            signal += float(np.sum(counted * np.square(target, dtype=np.float64)))
         return noise / signal if signal > 0 else (0.0 if noise == 0 else float("inf"))
 
     static = [Candidate(Scheme.STATIC, "none", 0.0, None, error(None, False))]

@@ -16,6 +16,7 @@ from fptq_onnx.recipe.sections import (
     ActivationRecipe,
     CalibrationRecipe,
     EqualizationRecipe,
+    FallbackRecipe,
     LayersRecipe,
     RotationRecipe,
     Section,
@@ -54,6 +55,9 @@ class Recipe(Section):
 
     calibration: CalibrationRecipe = CalibrationRecipe()
     """How much data is observed."""
+
+    fallback: FallbackRecipe = FallbackRecipe()
+    """Which layers leave int4 weights or static activations."""
 
     verification: VerificationRecipe = VerificationRecipe()
     """When the result is accepted."""
@@ -126,8 +130,15 @@ class Recipe(Section):
         """Every field with its value, in plain JSON types, for the report and the model's metadata."""
         return self.model_dump(mode="json")
 
+    @property
+    def needs_samples(self) -> bool:
+        """Whether a sample of each activation is kept."""
+        chooses = self.activations.static_range == "output" or self.equalization.method == "search"
+        return chooses or self.fallback.float_layers > 0 or self.fallback.rounds > 0
+
     def policy(self) -> PolicySettings:
         """The part of the recipe that the activation policy reads."""
         a, e = self.activations, self.equalization
         scheme = None if a.scheme == "policy" else Scheme(a.scheme)
-        return PolicySettings(a.v0, a.v1, a.range, scheme, e.method, e.alpha, e.floor, e.scale_bits)
+        method = "lae" if e.method == "search" else e.method
+        return PolicySettings(a.v0, a.v1, a.range, scheme, method, e.alpha, e.floor, e.scale_bits)

@@ -16,6 +16,7 @@ __all__ = [
     "ActivationRecipe",
     "CalibrationRecipe",
     "EqualizationRecipe",
+    "FallbackRecipe",
     "LayersRecipe",
     "RotationRecipe",
     "Section",
@@ -48,9 +49,10 @@ class ActivationRecipe(Section):
     """What v0 and v1 are compared with: max |X|, or max X - min X. FPTQ's text says "range" and its figures show max
     |X|."""
 
-    static_range: RangeMethod = "absmax"
+    static_range: RangeMethod | Literal["output"] = "absmax"
     """Clip range of static activations: everything observed, the percentile below, or the range of least squared
-    error over the histogram (TensorRT's and onnxruntime's calibrators have the same three families)."""
+    error over the histogram (TensorRT's and onnxruntime's calibrators have the same three families). "output": for each
+    activation "absmax" or "mse", whichever moves the outputs of the layers behind it less, on a sample of tokens."""
 
     percentile: float = Field(default=99.99, gt=50, le=100)
     """Per cent of the values that static_range "percentile" keeps inside."""
@@ -72,9 +74,14 @@ class ActivationRecipe(Section):
 class EqualizationRecipe(Section):
     """How the middle bucket of the policy is evened out before static quantization."""
 
-    method: EqualizationMethod = "lae"
+    method: EqualizationMethod | Literal["search"] = "lae"
     """"lae": s = m / log2(2 + m) with m the channel's max |X| (FPTQ). "smoothquant": s = m^alpha /
-    max|W|^(1 - alpha) (arXiv 2211.10438). "none": the middle bucket is quantized per token instead."""
+    max|W|^(1 - alpha) (arXiv 2211.10438). "none": the middle bucket is quantized per token instead. "search": each
+    activation between v0 and v1 gets whichever of none, LAE and SmoothQuant at three strengths lets its quantized
+    layers err least on a sample of tokens, or per-token scales where even that errs `tolerance` times as much."""
+
+    tolerance: float = Field(default=1.25, ge=1)
+    """"search": error of the best static choice, over that of per-token quantization, up to which it is taken."""
 
     alpha: float = Field(default=0.5, ge=0, le=1)
     """SmoothQuant's migration strength (arXiv 2211.10438)."""
@@ -215,11 +222,28 @@ class CalibrationRecipe(Section):
     length: int = Field(default=512, ge=1)
     """Tokens per sequence; shortened to what the model accepts."""
 
+    sample_tokens: int = Field(default=256, ge=1)
+    """Tokens kept of each activation where choices are made by the output error of its layers."""
+
     moments_gib: float = Field(default=2.0, gt=0)
     """Memory for second moments in GiB. Activations that do not fit together are observed in further passes."""
 
     seed: int = Field(default=0, ge=0)
     """Seed of everything random: which windows of the text, random tokens, random signs."""
+
+
+class FallbackRecipe(Section):
+    """Which layers leave int4 weights or static activations: static -> per token -> int8 weight -> float.
+
+    Layers are ranked by the relative error of their own output on a sample of tokens.
+    """
+
+    float_layers: int = Field(default=0, ge=0)
+    """This many layers of largest output error stay float."""
+
+    rounds: int = Field(default=0, ge=0)
+    """How often to convert again, with layers taken down the chain, while the model misses verification.max_kl. The sum
+    of the layers' errors is brought down in the proportion in which the divergence was missed."""
 
 
 class VerificationRecipe(Section):

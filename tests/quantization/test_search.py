@@ -6,7 +6,14 @@ from hypothesis.extra import numpy as hnp
 
 from fptq_onnx.quantization.metrics import relative_mse
 from fptq_onnx.quantization.policy import Scheme
-from fptq_onnx.quantization.search import ALPHAS, quantize_per_token, quantize_static, search_scheme
+from fptq_onnx.quantization.search import (
+    ALPHAS,
+    quantize_per_token,
+    quantize_static,
+    search_range,
+    search_scheme,
+    token_weights,
+)
 
 values = hnp.arrays(np.float32, (4, 6), elements=st.floats(-1000, 1000, width=32))
 
@@ -93,3 +100,23 @@ def test_scales_are_tied_where_the_producer_asks_for_it():
     for candidate in result.candidates:
         if candidate.scale is not None:
             np.testing.assert_array_equal(candidate.scale[:32], candidate.scale[32:])
+
+
+def test_sinks_count_no_more_than_the_cap():
+    x = activations("sink token")
+    weights = token_weights(x, 16)
+    assert (weights[1:] == 1).all() and weights[0] < 1e-3
+    assert (token_weights(x, 0) == 1).all()
+    # so that the other tokens are seen, which a static scale of the sink's range would erase
+    assert search(x, WEIGHTS, tolerance=1.0).chosen.scheme is Scheme.PER_TOKEN
+
+
+def test_the_range_is_chosen_by_what_the_outputs_need():
+    x = np.random.default_rng(0).standard_normal((200, 64)).astype(np.float32)
+    x[:, 5] = 20 * np.sign(x[:, 5])
+    ranges = {"absmax": (-20.0, 20.0), "mse": (-4.0, 4.0)}
+    heard, unheard = np.ones((64, 8), np.float32), np.ones((64, 8), np.float32)
+    unheard[5] = 0
+    assert search_range(x, [heard], ranges) == "absmax"
+    assert search_range(x, [unheard], ranges) == "mse"
+    assert search_range(x, [unheard, heard], ranges) == "absmax"

@@ -61,6 +61,10 @@ ALLOWED = {
     "packaging": {"errors", "graph", "ops", "generation"},
     "doctor": {"errors", "report", "graph", "ops", "runtime", "calibration", "genai", "generation"},
     "benchmark": {"errors", "progress", "report", "graph", "ops", "runtime", "evaluation", "generation"},
+    "analysis": {
+        *("errors", "progress", "report", "recipe", "graph", "quantization", "ops", "runtime"),
+        *("storage", "calibration", "passes", "planning", "quantizing", "rewriting", "evaluation"),
+    },
 }
 # These see everything but each other, in this order.
 LAST = ("convert", "fptq_onnx", "cli")
@@ -68,7 +72,7 @@ LAST = ("convert", "fptq_onnx", "cli")
 # The maths knows arrays only.
 FOREIGN_TO_MATHS = {"onnx", "onnx_ir", "onnxruntime", "onnxscript", "torch", "transformers"}
 # Extras: without them the rest must still import.
-OPTIONAL = {"onnxruntime", "onnxruntime_genai", "torch", "transformers", "gguf", "matplotlib", "jinja2", "tritonclient"}
+OPTIONAL = {"onnxruntime", "onnxruntime_genai", "torch", "transformers", "gguf", "matplotlib", "jinja2", "tritonclient", "ray"}
 
 
 def _name(path: Path) -> str:

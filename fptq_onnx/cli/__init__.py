@@ -8,6 +8,7 @@ __all__ = ["app", "main"]
 
 # Importing a command's file registers it; `--help` lists the commands in this order.
 for _command in (
+    "analyze",
     "convert",
     "evaluate",
     "export",

@@ -36,6 +36,10 @@ class FptqError(Exception):
         self.fix = (fix[:1].upper() + _one_line(fix[1:])).rstrip(".")
         super().__init__(f"{where}: {self.reason}. {self.fix}.")
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Rebuild from the three parts, so that a worker process can hand the error over."""
+        return type(self), (self.where, self.reason, self.fix), self.__dict__
+
 
 def _one_line(text: str) -> str:
     line = re.sub(r"\s*[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]\s*", " ", text).strip()

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -43,9 +43,13 @@ from fptq_onnx.quantization.statistics import ActivationStatistics
 from fptq_onnx.recipe import Recipe
 from fptq_onnx.storage.weights import StoredWeights
 
-__all__ = ["QuantizedLayers", "equalize", "quantize_layers", "rotate"]
+__all__ = ["QuantizedLayers", "ReuseWeight", "equalize", "quantize_layers", "rotate"]
 
 logger = logging.getLogger(__name__)
+
+ReuseWeight = Callable[
+    [LinearLayer, LayerPlan, Callable[[], QuantizedWeight | Int8Weight]], QuantizedWeight | Int8Weight
+]
 
 _SHIFT = "also.shift:"
 _SEARCHED_RANGES: tuple[RangeMethod, ...] = ("absmax", "mse")
@@ -215,6 +219,8 @@ def quantize_layers(
     settings: Recipe,
     calibration: Calibration,
     progress: Progress,
+    *,
+    reuse: ReuseWeight = lambda layer, entry, quantize: quantize(),
 ) -> QuantizedLayers:
     """Quantize the weights segment by segment; the second moments of one segment's inputs are in memory at a time.
 
@@ -228,12 +234,13 @@ def quantize_layers(
         settings: The recipe.
         calibration: Carries the data through the segments that need it, and keeps what is finished.
         progress: Told of each layer.
+        reuse: Quantizes a weight that needs no second moments, or returns what the same weight gave before.
 
     Raises:
         ModelError: A weight cannot be quantized.
         StoppedError: It was asked to stop; finished segments are kept.
     """
-    work = _SegmentWork(entries, statistics, applied, settings, calibration)
+    work = _SegmentWork(entries, statistics, applied, settings, calibration, reuse)
     by_segment: dict[int, list[GroupDecision]] = {segment.index: [] for segment in segments}
     for decided in decisions:
         by_segment[segments.of(decided.group.layers[0])].append(decided)
@@ -288,8 +295,9 @@ class _SegmentWork:
         applied: Mapping[str, AppliedScale],
         settings: Recipe,
         calibration: Calibration,
+        reuse: ReuseWeight,
     ) -> None:
-        self._entries, self._applied, self._settings = entries, applied, settings
+        self._entries, self._applied, self._settings, self._reuse = entries, applied, settings, reuse
         self._calibration = calibration
         self._caps = _token_caps(statistics, applied, settings)
 
@@ -339,7 +347,8 @@ class _SegmentWork:
             entry = self._entries[layer.name]
             if entry.is_quantized and entry.weight_method != "float":
                 try:
-                    weights[layer.name] = _weight(layer, entry, moments, self._settings, methods)
+                    quantize = partial(_weight, layer, entry, moments, self._settings, methods)
+                    weights[layer.name] = self._reuse(layer, entry, quantize) if moments is None else quantize()
                 except ModelError as error:
                     raise ModelError(f"weight of {entry.label} ({layer.name})", error.reason, error.fix) from error
 

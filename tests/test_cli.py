@@ -22,7 +22,7 @@ from fptq_onnx.quantization.plan import Plan
 
 SMALL = ("--recipe", "paper", "--set", f"calibration.windows={WINDOWS}", "--set", f"calibration.length={LENGTH}")
 GROUP_32 = (*SMALL, "--set", "weights.group_size=32")
-COMMANDS = ("convert", "evaluate", "export", "generate", "package", "bench", "doctor")
+COMMANDS = ("analyze", "convert", "evaluate", "export", "generate", "package", "bench", "doctor")
 
 
 def _run(*arguments: object) -> Result:

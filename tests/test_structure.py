@@ -72,7 +72,17 @@ LAST = ("convert", "fptq_onnx", "cli")
 # The maths knows arrays only.
 FOREIGN_TO_MATHS = {"onnx", "onnx_ir", "onnxruntime", "onnxscript", "torch", "transformers"}
 # Extras: without them the rest must still import.
-OPTIONAL = {"onnxruntime", "onnxruntime_genai", "torch", "transformers", "gguf", "matplotlib", "jinja2", "tritonclient", "ray"}
+OPTIONAL = {
+    "onnxruntime",
+    "onnxruntime_genai",
+    "torch",
+    "transformers",
+    "gguf",
+    "matplotlib",
+    "jinja2",
+    "tritonclient",
+    "ray",
+}
 
 
 def _name(path: Path) -> str:

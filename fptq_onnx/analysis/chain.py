@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from fptq_onnx.analysis.segments import Segment
+from fptq_onnx.analysis.segments import Link
 from fptq_onnx.errors import CalibrationError
 from fptq_onnx.evaluation.compare import expose
 
@@ -38,7 +38,7 @@ class Chain:
         open_session: Makes sessions, normally with the op library registered.
     """
 
-    def __init__(self, segments: Sequence[Segment], patch: Patch, open_session: OpenSession) -> None:
+    def __init__(self, segments: Sequence[Link], patch: Patch, open_session: OpenSession) -> None:
         """Open nothing yet."""
         self.segments = tuple(segments)
         self._patch = patch
@@ -84,14 +84,14 @@ class Chain:
             values |= states[-1]
         return values
 
-    def observe(self, feeds: Values, segment: Segment, names: Sequence[str]) -> dict[str, Array]:
+    def observe(self, feeds: Values, segment: Link, names: Sequence[str]) -> dict[str, Array]:
         """Float values inside one segment by name, such as the inputs of its linear layers."""
         session = self._open(expose(segment.model, names))
         wanted = list(dict.fromkeys(names))
         values = self.float_values(feeds, segment.index)
         return dict(zip(wanted, session.run(wanted, {name: values[name] for name in segment.inputs}), strict=True))
 
-    def model_of(self, segment: Segment, quantized: frozenset[str]) -> ir.Model:
+    def model_of(self, segment: Link, quantized: frozenset[str]) -> ir.Model:
         """A segment's model with the named layers quantized, as its sessions run it."""
         if not quantized:
             return segment.model
@@ -99,7 +99,7 @@ class Chain:
         self._patch(copy, quantized)
         return copy
 
-    def _session(self, segment: Segment, quantized: frozenset[str]) -> Any:
+    def _session(self, segment: Link, quantized: frozenset[str]) -> Any:
         if not quantized:
             if segment.index not in self._float:
                 self._float[segment.index] = self._open(segment.model)
@@ -114,7 +114,7 @@ class Chain:
         return self._quantized[key]
 
 
-def _run(session: Any, segment: Segment, values: Values) -> dict[str, Array]:
+def _run(session: Any, segment: Link, values: Values) -> dict[str, Array]:
     try:
         results = session.run(list(segment.outputs), {name: values[name] for name in segment.inputs})
     except Exception as error:  # onnxruntime's exceptions have no common base

@@ -127,8 +127,8 @@ def outlier_channels_hurt(evidence: Evidence) -> list[Finding]:
                 f"Channel {channel} of the input of {', '.join(labels)} is {times:.0f} times the median channel",
                 labels,
                 [
-                    f"Range {statistics.absmax:.4g}, quantized {entry.scheme}: only {layer.code_use:.0%} of the int8 "
-                    "codes hold 99 % of the values.",
+                    f"Range {statistics.absmax:.4g}, quantized {entry.scheme}: 99 % of the values share "
+                    f"{layer.code_use:.0%} of the int8 codes.",
                     "Largest channels: " + ", ".join(f"{c} ({t:.0f} times the median)" for c, t in outliers) + ".",
                     f"The largest token reaches {statistics.absmax / typical:.3g} times the median token."
                     if typical
@@ -290,7 +290,7 @@ def too_many_per_token(evidence: Evidence) -> list[Finding]:
         return []
     best = max(cheaper, key=lambda point: (round(point.static_share, 3), -point.loss))
     gained = best.static_share - now.static_share
-    if gained < _WORTH_TELLING:
+    if gained < _WORTH_TELLING or (gained < 0.5 and best.seconds_per_batch >= now.seconds_per_batch):
         return []
     kernels = {kernel.node: kernel for kernel in evidence.kernels}
     first = kernels.get(f"{dynamic[0].activation}.quantize")

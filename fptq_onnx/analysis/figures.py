@@ -201,6 +201,7 @@ def group_bars(groups: Sequence[Group], unit: str) -> Drawing:
         left.set_xlabel(f"loss ({unit})")
         left.set_ylabel("module group")
         right.bar([int(g.name.split()[-1]) for g in blocks], [g.metric_loss for g in blocks], color=_ACCENT, width=0.78)
+        right.xaxis.get_major_locator().set_params(integer=True)
         right.set_xlabel("block (depth)")
         right.set_ylabel(f"loss ({unit})")
         for axes in (left, right):

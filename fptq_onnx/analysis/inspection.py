@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fptq_onnx.analysis.segments import Segment
+from fptq_onnx.analysis.segments import Link
 from fptq_onnx.analysis.subject import Subject
 from fptq_onnx.passes.replace_linears import ActivationQuantizer, StaticQuantizer
-from fptq_onnx.quantization.metrics import snr_db
 from fptq_onnx.quantization.statistics import ActivationStatistics, histogram_edges
 
 __all__ = ["Codes", "Inspection", "clipped_share", "encode", "inspect_segment", "outlier_channels"]
@@ -58,7 +57,8 @@ class Inspection:
 
     Attributes:
         label: Label of the layer.
-        snr_db: Signal-to-noise ratio of its output with int8 activations and int4 weights.
+        snr_db: Signal-to-noise ratio of its output with int8 activations and int4 weights, each token counting alike
+            (one attention sink has more energy than all other tokens together, and would hide their noise).
         activation_snr_db: With int8 activations alone.
         weight_snr_db: With int4 weights alone.
         code_use: Share of the 255 int8 codes that hold 99 % of the values (1: the range is used, 0.05: wasted).
@@ -73,7 +73,7 @@ class Inspection:
     weight_peak: float
 
 
-def inspect_segment(subject: Subject, segment: Segment, feeds: Mapping[str, Array]) -> list[Inspection]:
+def inspect_segment(subject: Subject, segment: Link, feeds: Mapping[str, Array]) -> list[Inspection]:
     """Inspect the quantized layers of one segment on one batch."""
     quantized = subject.names(None)
     layers = [layer for layer in subject.linears.layers if layer.name in quantized and layer.name in segment.layers]
@@ -90,9 +90,9 @@ def inspect_segment(subject: Subject, segment: Segment, feeds: Mapping[str, Arra
         found.append(
             Inspection(
                 layer.label,
-                snr_db(output, seen.restored @ kept),
-                snr_db(output, seen.restored @ weight),
-                snr_db(output, x @ kept),
+                _token_snr_db(output, seen.restored @ kept),
+                _token_snr_db(output, seen.restored @ weight),
+                _token_snr_db(output, x @ kept),
                 _code_use(seen.codes),
                 float(np.abs(weight).max() / max(float(np.sqrt(np.mean(np.square(weight, dtype=np.float64)))), 1e-30)),
             )
@@ -119,6 +119,15 @@ def clipped_share(evaluation: ActivationStatistics, limit: float) -> float:
     # The bin that holds the limit counts as inside, so that a range that fits exactly clips nothing.
     first = int(np.searchsorted(histogram_edges(), limit, side="left"))
     return float(evaluation.histogram[first:].sum()) / total
+
+
+def _token_snr_db(output: Float32, approximation: Float32) -> float:
+    """Ratio in dB of the mean over tokens of each token's own noise to signal; infinity for equality."""
+    signal = np.square(output, dtype=np.float64).sum(axis=-1)
+    noise = np.square(approximation - output, dtype=np.float64).sum(axis=-1)
+    live = signal > 0
+    mean = float(np.mean(noise[live] / signal[live])) if live.any() else 0.0
+    return float(-10 * np.log10(mean)) if mean else float("inf")
 
 
 def _code_use(codes: npt.NDArray[np.int16]) -> float:

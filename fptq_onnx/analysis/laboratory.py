@@ -67,7 +67,7 @@ class Laboratory:
             )
         self.store = Store(folder / request.fingerprint(self._source))
         self.metric, self.batches = open_metric(request, self._source)
-        self._weights = WeightCache(self.store)
+        self._weights = WeightCache()
         self._rotated: dict[str, ir.Model] = {}
         self._calibrations: dict[str, StoredCalibration] = {}
         self._subjects: OrderedDict[str, Subject] = OrderedDict()
@@ -116,7 +116,7 @@ class Laboratory:
             model = self._model(recipe)
             planned = plan_model(model, recipe, calibration, context)
             self._subjects[key] = Subject(
-                model, planned, recipe, calibration, context, self._weights, self.open_session
+                model, planned, recipe, calibration, context, self._weights, self.open_session, self._progress
             )
             evictable = [kept for kept in self._subjects if kept != Experiment().key]
             for kept in evictable[: max(0, len(self._subjects) - _KEPT_SUBJECTS)]:
@@ -199,10 +199,11 @@ class Laboratory:
                 self.request.model,
                 self.request.tokenizer,
                 recipe,
-                sample_tokens=0,
+                threads=self._threads,
                 providers=PROVIDERS[self.request.provider],
                 progress=self._progress,
             )
             calibration.store = self.store
+            calibration.open(self._source)
             self._calibrations[key] = calibration
         return self._calibrations[key], context

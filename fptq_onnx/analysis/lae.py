@@ -55,7 +55,7 @@ def equalization_not_helping(evidence: Evidence) -> list[Equalized]:
             seen.channel_min,
             seen.channel_max,
             group_size=min(entry.group_size, group.k),
-            grid="signed8" if entry.weight_method == "float" else entry.weight_method,
+            grid="signed8" if entry.weight_method in ("float", "int8") else entry.weight_method,
             floor=subject.recipe.equalization.floor,
         )
         with_it = _error(search.candidates, Scheme.EQUALIZED_STATIC, entry.equalization)

@@ -14,6 +14,8 @@ __all__ = ["Mixed", "mix"]
 
 # Single losses are measured again under the recipe that will be used for this many layers: it changes their order.
 _RERANKED = 16
+# More float layers than this share would no longer be a quantized model, however cheap they are.
+_MOST_FREE = 0.2
 # Without a target the list halves the loss.
 _DEFAULT_TARGET = 0.5
 
@@ -28,7 +30,8 @@ class Mixed:
         layers: The shortest head of `order` that reaches it; all that were tried where none does.
         measured: With these layers float.
         reached: Whether the target is reached.
-        free: The longest head of `order` that leaves the model no slower than the recipe asked for.
+        free: The longest head of `order`, a fifth of the layers at most, that leaves the model no slower than the
+            recipe asked for.
         free_measured: With those float; None where there is no such layer.
     """
 
@@ -85,7 +88,8 @@ def mix(
     count, measured = _shortest(len(ranked), goal, without)
     limit = study.points[0].seconds_per_batch
     room = 0
-    while room < len(ranked) and costs.seconds(subject, ranked[: room + 1]) <= limit:
+    most = int(_MOST_FREE * len(labels))
+    while room < min(most, len(ranked)) and costs.seconds(subject, ranked[: room + 1]) <= limit:
         room += 1
     return Mixed(
         order=tuple(ranked),

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import onnx_ir as ir
 
-from fptq_onnx.analysis.segments import Segment
+from fptq_onnx.analysis.segments import Link
 from fptq_onnx.analysis.subject import Subject
 from fptq_onnx.graph.linears import LinearLayer
 from fptq_onnx.quantization.policy import Scheme
@@ -147,7 +147,7 @@ class CostModel:
     def _typical(self, kind: tuple[object, ...]) -> float:
         return self._prices.get(kind, 0.0)
 
-    def _profile(self, subject: Subject, segment: Segment, names: frozenset[str]) -> list[Kernel]:
+    def _profile(self, subject: Subject, segment: Link, names: frozenset[str]) -> list[Kernel]:
         model = subject.chain.model_of(segment, names)
         values = subject.chain.float_values(self._feeds, segment.index)
         with tempfile.TemporaryDirectory(prefix="fptq-profile-") as folder:
@@ -173,7 +173,7 @@ def _kernels(events: Iterable[Mapping[str, Any]]) -> list[Kernel]:
     return list(best.values())
 
 
-def _owner(kernel: Kernel, segment: Segment) -> str | None:
+def _owner(kernel: Kernel, segment: Link) -> str | None:
     """The linear layer that a float kernel computes; fusions keep the name of the MatMul in front of theirs."""
     if not any(part in kernel.op for part in ("MatMul", "Gemm")):
         return None

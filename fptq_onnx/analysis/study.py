@@ -23,6 +23,8 @@ _LOWER = (0.0, 7.5, 15.0, 30.0, 60.0)
 _UPPER = (15.0, 50.0, 150.0, 500.0, 1e6)
 # A change that is faster may cost this much of the loss; one that is slower has to lower it.
 _SAME_LOSS = 1.01
+# Kernel times are not steadier than this.
+_SAME_TIME = 1.003
 
 
 def threshold_grid(v0: float, v1: float) -> list[tuple[float, float]]:
@@ -137,7 +139,7 @@ class Study:
         if candidate not in found:
             return
         point = self.points[self._add(candidate, found[candidate])]
-        better = point.loss < current.loss and point.seconds_per_batch <= limit
+        better = point.loss < current.loss and point.seconds_per_batch <= _SAME_TIME * limit
         faster = point.seconds_per_batch < current.seconds_per_batch and point.loss <= _SAME_LOSS * current.loss
         if better or faster:
             self.best = candidate

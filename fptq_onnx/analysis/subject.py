@@ -4,66 +4,67 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from functools import partial
 
-import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
-import onnx_ir.passes.common
 
 from fptq_onnx.analysis.chain import Chain, OpenSession
-from fptq_onnx.analysis.segments import Segment, cut
+from fptq_onnx.analysis.segments import Link, cut
 from fptq_onnx.analysis.store import Store, digest
 from fptq_onnx.calibration.calibration import Calibration
-from fptq_onnx.calibration.moments import SplitMoments
+from fptq_onnx.errors import WorkDirError
 from fptq_onnx.graph.activation_groups import group_by_activation
 from fptq_onnx.graph.linears import LinearLayer, find_linears
-from fptq_onnx.passes.add_functions import AddFunctionsPass
-from fptq_onnx.passes.replace_linears import LayerQuantization
-from fptq_onnx.passes.to_w4a8 import ToW4A8Pass
+from fptq_onnx.graph.segments import Segmentation, find_segments
 from fptq_onnx.planning import GroupDecision, decide_groups, make_plan, observed_groups
+from fptq_onnx.progress import Progress
 from fptq_onnx.quantization.int4 import QuantizedWeight
+from fptq_onnx.quantization.int8 import Int8Weight
 from fptq_onnx.quantization.plan import LayerPlan, Plan
 from fptq_onnx.quantization.statistics import ActivationStatistics
-from fptq_onnx.quantizing import equalize, equalized_statistics, input_moments, layer_quantization
+from fptq_onnx.quantizing import equalize, quantize_layers
 from fptq_onnx.recipe import Recipe
+from fptq_onnx.rewriting import rewrite
+from fptq_onnx.storage.work_dir import WorkDir
 
 __all__ = ["Planned", "StoredCalibration", "Subject", "WeightCache", "materialize", "plan_model"]
 
-Array = npt.NDArray[Any]
+Weight = QuantizedWeight | Int8Weight
 
 
 class StoredCalibration(Calibration):
     """A calibration whose statistics are stored, so that another process, or the same one later, need not run it.
 
-    `context` names what the observed model is; it must change whenever the same value names mean other values.
+    Attributes:
+        store: Where they lie.
+        context: What the observed model is; must change whenever the same value names mean other values.
     """
 
     store: Store
     context: tuple[object, ...] = ()
 
-    def observe(self, model: ir.Model, activations: Any) -> dict[str, ActivationStatistics]:
+    def observe(
+        self, model: ir.Model, segments: Segmentation, activations: Mapping[str, int]
+    ) -> dict[str, ActivationStatistics]:
         """Statistics of activations by name, from the store if they are there."""
-        names = list(dict.fromkeys(activations))
-        key = f"statistics-{digest(self.context, names)}"
+        key = f"statistics-{digest(self.context, list(activations))}"
         stored = self.store.load_arrays(key)
         if stored is None:
-            observed = super().observe(model, names)
-            self.store.save_arrays(
-                key,
-                {
-                    f"{index}.{part}": array
-                    for index, name in enumerate(names)
-                    for part, array in observed[name].to_dict().items()
-                },
-            )
-            return observed
+            observed = super().observe(model, segments, activations)
+            stored = {
+                f"{index}.{part}": array
+                for index, name in enumerate(activations)
+                for part, array in observed[name].to_dict().items()
+            }
+            self.store.save_arrays(key, stored)
         parts = ("channel_min", "channel_max", "token_absmax", "histogram", "tokens")
         return {
             name: ActivationStatistics.from_dict({part: stored[f"{index}.{part}"] for part in parts})
-            for index, name in enumerate(names)
+            for index, name in enumerate(activations)
         }
 
 
@@ -71,47 +72,24 @@ class WeightCache:
     """Quantized weights by content: thresholds change few of them, so most are quantized once for a whole study.
 
     Args:
-        store: Where weights that took second moments to round are kept, None to keep all in memory only.
-        limit: Bytes of integers to keep in memory.
+        limit: Bytes of integers to keep.
     """
 
-    def __init__(self, store: Store, limit: int = 1 << 30) -> None:
+    def __init__(self, limit: int = 1 << 30) -> None:
         """Start empty."""
-        self._store, self._limit, self._bytes = store, limit, 0
-        self._kept: dict[str, QuantizedWeight] = {}
+        self._limit, self._bytes = limit, 0
+        self._kept: dict[str, Weight] = {}
 
-    def get(
-        self, layer: LinearLayer, settings: tuple[object, ...], expensive: bool, quantize: Callable[[], QuantizedWeight]
-    ) -> QuantizedWeight:
-        """The weight of a layer as it is now, quantized under `settings`."""
+    def get(self, settings: str, layer: LinearLayer, entry: LayerPlan, quantize: Callable[[], Weight]) -> Weight:
+        """The weight of a layer as it is now, quantized under `settings` and its plan."""
         content = hashlib.blake2b(layer.weight_array().tobytes(), digest_size=16).hexdigest()
-        key = f"weight-{digest(content, settings)}"
+        key = digest(content, settings, entry.weight_method, entry.group_size)
         if key not in self._kept:
-            stored = self._store.load_arrays(key) if expensive else None
-            weight = quantize() if stored is None else _weight_of(stored)
-            if expensive and stored is None:
-                self._store.save_arrays(key, _arrays_of(weight))
-            self._kept[key] = weight
+            self._kept[key] = weight = quantize()
             self._bytes += weight.q.nbytes
             while self._bytes > self._limit and len(self._kept) > 1:
                 self._bytes -= self._kept.pop(next(iter(self._kept))).q.nbytes
         return self._kept[key]
-
-
-def _arrays_of(weight: QuantizedWeight) -> dict[str, Array]:
-    scale = weight.scale
-    bits = scale.view(np.uint16) if scale.dtype == ml_dtypes.bfloat16 else scale  # .npz knows no bfloat16
-    return {
-        "q": weight.q,
-        "scale": bits,
-        "numbers": np.array([weight.block_size, weight.scale_max_multiple, scale.dtype == ml_dtypes.bfloat16]),
-    }
-
-
-def _weight_of(arrays: Mapping[str, Array]) -> QuantizedWeight:
-    block_size, multiple, bfloat16 = (int(number) for number in arrays["numbers"])
-    scale = arrays["scale"].view(ml_dtypes.bfloat16) if bfloat16 else arrays["scale"]
-    return QuantizedWeight(arrays["q"], scale, block_size, multiple)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -132,8 +110,10 @@ def plan_model(model: ir.Model, recipe: Recipe, calibration: StoredCalibration, 
     """Observe what the recipe needs and decide, as `convert` does up to its plan."""
     linears = find_linears(model)
     groups = observed_groups(group_by_activation(linears.layers), recipe)
+    segments = find_segments(model, linears)
     calibration.context = context
-    statistics = calibration.observe(model, [str(group.activation.name) for group in groups])
+    places = {str(group.activation.name): segments.of(group.layers[0]) for group in groups}
+    statistics = calibration.observe(model, segments, places)
     decisions = decide_groups(groups, statistics, recipe)
     return Planned(make_plan(linears.layers, decisions, recipe), decisions, statistics)
 
@@ -149,6 +129,7 @@ class Subject:
         context: What the statistics were observed on.
         weights: Shared by all subjects of one model.
         open_session: Makes sessions with the op library registered.
+        progress: Told of quantized layers.
     """
 
     def __init__(
@@ -160,28 +141,36 @@ class Subject:
         context: tuple[object, ...],
         weights: WeightCache,
         open_session: OpenSession,
+        progress: Progress,
     ) -> None:
-        """Equalize and cut; weights are quantized when a measurement reads them."""
+        """Equalize, quantize and cut."""
         self.planned, self.recipe = planned, recipe
         self.model = model.clone()
         self.applied = equalize(self.model, planned.decisions)
         materialize(self.model)
-        scales = {name: scale.scale.tobytes().hex() for name, scale in self.applied.items()}
-        calibration.context = (*context, "equalized", digest(scales))
-        self.statistics = equalized_statistics(self.model, planned.statistics, self.applied, recipe, calibration)
-        entries = {entry.name: entry for entry in planned.plan.layers}
-        moments = _LazyMoments(
-            lambda: input_moments(
-                self.model, planned.decisions, entries, self.statistics, self.applied, recipe, calibration
-            )
-        )
-        made = layer_quantization(planned.decisions, entries, self.statistics, moments, recipe, {})
-        self.quantization = {
-            name: self._cached(quantization, entries[name], weights, calibration.context)
-            for name, quantization in made.items()
-        }
         self.linears = find_linears(self.model)
         self.layers = self.linears.by_label()
+        scales = digest({name: scale.scale.tobytes().hex() for name, scale in self.applied.items()})
+        calibration.context = (*context, "equalized", scales)
+        choice = recipe.weights.model_dump_json()
+        entries = {entry.name: entry for entry in planned.plan.layers}
+        methods = [(entry.name, entry.weight_method, entry.group_size) for entry in planned.plan.layers]
+        key = digest(calibration.context, choice, methods, recipe.activations.static_range)
+        # Second moments take a pass over the data, whose results are kept; plain rounding is as fast as reading them.
+        with _work_of(calibration, key) if recipe.weights.needs_moments else nullcontext():
+            made = quantize_layers(
+                self.model,
+                find_segments(self.model, self.linears),
+                planned.decisions,
+                entries,
+                planned.statistics,
+                self.applied,
+                recipe,
+                calibration,
+                progress,
+                reuse=partial(weights.get, choice),
+            )
+        self.quantization = made.layers
         self.chain = Chain(cut(self.model, self.linears), self._patch, open_session)
 
     def names(self, labels: tuple[str, ...] | None) -> frozenset[str]:
@@ -193,64 +182,35 @@ class Subject:
         """The plan of a layer."""
         return self.planned.plan[label]
 
-    def weight(self, label: str) -> QuantizedWeight | None:
+    def weight(self, label: str) -> Weight | None:
         """The quantized weight of a layer, None where the recipe keeps weights float."""
-        layer = self.layers[label]
-        compute = self.quantization[layer.name].weight
-        return None if compute is None else compute(layer)
+        compute = self.quantization[self.layers[label].name].weight
+        return None if compute is None else compute()
 
-    def segment_of(self, label: str) -> Segment:
+    def segment_of(self, label: str) -> Link:
         """The segment that holds a layer."""
         name = self.layers[label].name
         return next(segment for segment in self.chain.segments if name in segment.layers)
 
-    def _cached(
-        self,
-        quantization: LayerQuantization,
-        entry: LayerPlan,
-        weights: WeightCache,
-        context: tuple[object, ...],
-    ) -> LayerQuantization:
-        compute = quantization.weight
-        if compute is None:
-            return quantization
-        choice = self.recipe.weights
-        settings: tuple[object, ...] = (entry.weight_method, entry.group_size, choice.model_dump(mode="json"))
-        if choice.needs_moments:
-            settings = (*settings, context)
-
-        def cached(layer: LinearLayer) -> QuantizedWeight:
-            return weights.get(layer, settings, choice.needs_moments, lambda: compute(layer))
-
-        return dataclasses.replace(quantization, weight=cached)
-
     def _patch(self, model: ir.Model, names: frozenset[str]) -> None:
-        ToW4A8Pass({name: self.quantization[name] for name in names})(model)
-        AddFunctionsPass()(model)
-        onnx_ir.passes.common.RemoveUnusedNodesPass()(model)  # the float weights
+        rewrite(model, {name: self.quantization[name] for name in names}, "custom", int8_embedding=False)
 
 
-class _LazyMoments(Mapping[str, SplitMoments]):
-    """Second moments that are observed when the first weight asks; none are if every weight is in the cache."""
-
-    def __init__(self, observe: Callable[[], dict[str, SplitMoments]]) -> None:
-        self._observe = observe
-        self._found: dict[str, SplitMoments] | None = None
-
-    @property
-    def _moments(self) -> dict[str, SplitMoments]:
-        if self._found is None:
-            self._found = self._observe()
-        return self._found
-
-    def __getitem__(self, name: str) -> SplitMoments:
-        return self._moments[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._moments)
-
-    def __len__(self) -> int:
-        return len(self._moments)
+@contextmanager
+def _work_of(calibration: StoredCalibration, key: str) -> Iterator[None]:
+    """Let a calibration keep its blocks in a directory of this key; processes that want the same one take turns."""
+    while calibration.work is None:
+        try:
+            calibration.work = WorkDir(calibration.store.folder / f"blocks-{key}", {"key": key})
+        except WorkDirError as error:
+            if "another process" not in error.reason:
+                raise
+            time.sleep(0.5)
+    try:
+        yield
+    finally:
+        calibration.work.close()  # what was stored can still be read
+        calibration.work = None
 
 
 def materialize(model: ir.Model) -> None:

@@ -113,7 +113,7 @@ class Laboratory:
         if key not in self._subjects:
             recipe = self.recipe(experiment)
             calibration, context = self._calibration(recipe, experiment.ranges)
-            model = self._model(recipe)
+            model = self._model(recipe).clone()
             planned = plan_model(model, recipe, calibration, context)
             self._subjects[key] = Subject(
                 model, planned, recipe, calibration, context, self._weights, self.open_session, self._progress

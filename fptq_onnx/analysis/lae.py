@@ -8,6 +8,7 @@ import numpy as np
 
 from fptq_onnx.analysis.evidence import Evidence
 from fptq_onnx.graph.activation_groups import group_by_activation
+from fptq_onnx.quantization.int4 import Grid
 from fptq_onnx.quantization.policy import Scheme
 from fptq_onnx.quantization.search import Candidate, search_scheme
 
@@ -49,13 +50,16 @@ def equalization_not_helping(evidence: Evidence) -> list[Equalized]:
         # The activation and weights as they were before equalization, for all candidates alike.
         x = next(iter(values.values())).reshape(-1, group.k)[:_TOKENS].astype(np.float32) * scale
         seen = subject.planned.statistics[entry.activation]
+        grid: Grid = "signed8"  # stands for weights that are not int4
+        if entry.weight_method != "float" and entry.weight_method != "int8":
+            grid = entry.weight_method
         search = search_scheme(
             x,
             [(layer.weight_array() / scale[:, None]).astype(np.float32) for layer in layers],
             seen.channel_min,
             seen.channel_max,
             group_size=min(entry.group_size, group.k),
-            grid="signed8" if entry.weight_method in ("float", "int8") else entry.weight_method,
+            grid=grid,
             floor=subject.recipe.equalization.floor,
         )
         with_it = _error(search.candidates, Scheme.EQUALIZED_STATIC, entry.equalization)

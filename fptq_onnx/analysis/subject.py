@@ -122,8 +122,8 @@ class Subject:
     """A float model, equalized as its plan says and cut into segments, with the quantization of every layer.
 
     Args:
-        model: The float model, rotated if the recipe rotates; left as it is.
-        planned: Its decisions.
+        model: The float model, rotated if the recipe rotates; equalized in place.
+        planned: Its decisions, on layers of this very model.
         recipe: The recipe they came from.
         calibration: The data.
         context: What the statistics were observed on.
@@ -145,7 +145,7 @@ class Subject:
     ) -> None:
         """Equalize, quantize and cut."""
         self.planned, self.recipe = planned, recipe
-        self.model = model.clone()
+        self.model = model
         self.applied = equalize(self.model, planned.decisions)
         materialize(self.model)
         self.linears = find_linears(self.model)

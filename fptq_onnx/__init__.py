@@ -8,6 +8,7 @@ __all__ = [
     "Recipe",
     "Report",
     "__version__",
+    "analyze",
     "convert",
     "get_cmake_dir",
     "get_library_path",
@@ -16,6 +17,7 @@ __all__ = [
 
 from importlib import metadata as _metadata
 
+from fptq_onnx.analysis.analyze import analyze
 from fptq_onnx.convert import convert
 from fptq_onnx.errors import FptqError
 from fptq_onnx.ops import get_cmake_dir, get_library_path

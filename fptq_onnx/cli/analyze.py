@@ -15,12 +15,11 @@ from fptq_onnx.analysis.analyze import STEPS
 from fptq_onnx.analysis.analyze import analyze as run_analysis
 from fptq_onnx.analysis.result import Analysis
 from fptq_onnx.cli.common import AsJson, OnProvider, Provider, TokenizerPath, app, err, out, overrides, reporting_errors
+from fptq_onnx.errors import StoppedError
 from fptq_onnx.progress import TerminalProgress
 from fptq_onnx.recipe import Recipe
 
 __all__ = ["analyze"]
-
-EXIT_RESUMABLE = 75
 
 StepName = StrEnum("StepName", [(step.upper(), step) for step in STEPS])  # type: ignore[misc]
 
@@ -124,8 +123,10 @@ def analyze(
             progress=TerminalProgress(),
         )
     except KeyboardInterrupt:
-        err.print(escape(f"stopped; the same command goes on from {work_dir}"), style="yellow")
-        raise typer.Exit(EXIT_RESUMABLE) from None
+        # Every measurement is on disk when it is made, so nothing has to be finished first.
+        raise StoppedError(
+            "stopped", f"what was measured lies in {work_dir}", "Run the same command again to go on"
+        ) from None
     if as_json:
         sys.stdout.write(analysis.to_json())
         return

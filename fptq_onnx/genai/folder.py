@@ -6,7 +6,6 @@ import dataclasses
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, TypeVar, cast
 from fptq_onnx.errors import ModelError, VerificationError
 from fptq_onnx.genai.config import CONFIG_NAME, GenaiConfig
 from fptq_onnx.graph.model_file import load_model, source_files
+from fptq_onnx.graph.output_files import scratch_folder, writing
 from fptq_onnx.ops import get_library_path
 from fptq_onnx.report import Report
 
@@ -67,41 +67,37 @@ def convert_folder(source: Path, target: Path | None, convert: Callable[..., Rep
     config = GenaiConfig.load(source)
     decoder = source / config.filename
     final = target if target is not None else default_folder(source)
+    place = final.absolute()
     custom = options.get("output_format", "custom") == "custom"
     _check(source, final, config, decoder, custom)
     if options.get("dry_run"):
-        return convert(decoder, final.absolute().with_name(f"{final.name}.onnx"), **options)
+        return convert(decoder, place.with_name(f"{place.name}.onnx"), **options)
     library = get_library_path() if custom else None
     kept = _companions(source, decoder)
     missed: VerificationError | None = None
-    work = _make_folder(final)
-    try:
+    with scratch_folder(place) as work:
         output = work / config.filename
-        output.parent.mkdir(parents=True, exist_ok=True)
+        with writing(final):
+            output.parent.mkdir(parents=True, exist_ok=True)
         try:
             report = convert(decoder, output, **options)
         except VerificationError as error:
             if not isinstance(error.report, Report):
                 raise
             report, missed = error.report, error
-        for path in kept:
-            copy = work / path.relative_to(source)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(path, copy)
-        if library is not None:
-            shutil.copy2(library, work / library.name)
-            config = config.with_library(library.name)
-        config.save(work)
         report = dataclasses.replace(report, output=str(final / config.filename))
-        report.save(output.with_suffix(".json"))
-        work.chmod(0o755)  # mkdtemp's are for their owner alone
-        os.replace(work, final)
-    except OSError as error:
-        raise ModelError(
-            str(final), f"cannot be written: {error.strerror or error}", "Check the folder and the free space"
-        ) from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        with writing(final):
+            for path in kept:
+                copy = work / path.relative_to(source)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(path, copy)
+            if library is not None:
+                shutil.copy2(library, work / library.name)
+                config = config.with_library(library.name)
+            config.save(work)
+            output.with_suffix(".json").write_text(report.to_json(), encoding="utf-8")
+            work.chmod(0o755)  # a temporary folder is for its owner alone
+            os.replace(work, place)
     logger.info("copied %d files beside the converted decoder", len(kept))
     if missed is not None:
         raise VerificationError(str(final), missed.reason, missed.fix, report)
@@ -123,16 +119,6 @@ def _check(source: Path, final: Path, config: GenaiConfig, decoder: Path, custom
         raise ModelError(str(final), "lies in the folder that is converted", "Choose another output folder")
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
         raise ModelError(str(final), "is there already and not an empty folder", "Remove it or choose another one")
-
-
-def _make_folder(final: Path) -> Path:
-    """A new folder beside `final`: on its file system, so that it can take its place in one step."""
-    try:
-        return Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.absolute().parent))
-    except OSError as error:
-        raise ModelError(
-            str(final), f"its parent cannot be written to: {error.strerror or error}", "Create the parent folder"
-        ) from error
 
 
 def _companions(folder: Path, decoder: Path) -> list[Path]:

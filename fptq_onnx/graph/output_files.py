@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Staging", "refuse_overwriting", "staged", "write_text"]
+__all__ = ["Staging", "refuse_overwriting", "scratch_folder", "staged", "write_text", "writing"]
 
 import contextlib
 import fcntl
@@ -35,7 +35,7 @@ class Staging:
         Raises:
             ModelError: A place is taken by a folder.
         """
-        with _writing(self._target):
+        with writing(self._target):
             companions = sorted(path for path in self.folder.iterdir() if path != self.path)
             for companion in companions:
                 if (self._target.parent / companion.name).is_dir():
@@ -51,18 +51,30 @@ class Staging:
 def staged(target: pathlib.Path) -> Iterator[Staging]:
     """Give a place to write an output file in; what is not published disappears again.
 
-    The place is a folder beside the target, so that publishing is a matter of renames. Folders that an earlier process
-    left when it was killed are removed.
+    The place is a folder beside the target, so that publishing is a matter of renames.
 
     Raises:
         ModelError: The target is a folder or a link to itself, or its folder is missing or cannot be written to.
     """
+    with writing(target), contextlib.suppress(FileNotFoundError):
+        # Fails for a link to itself and for a name that is too long.
+        if stat.S_ISDIR(target.stat().st_mode):
+            raise ModelError(str(target), "the output path is a folder", "give the name of a file in it")
+    with scratch_folder(target) as folder:
+        yield Staging(folder, target)
+
+
+@contextlib.contextmanager
+def scratch_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Give a hidden folder beside `target`, on its file system; it disappears again, unless it was moved away.
+
+    Folders that an earlier process left when it was killed are removed.
+
+    Raises:
+        ModelError: The folder of `target` is missing or cannot be written to.
+    """
     with contextlib.ExitStack() as stack:
-        with _writing(target):
-            with contextlib.suppress(FileNotFoundError):
-                # Fails for a link to itself and for a name that is too long.
-                if stat.S_ISDIR(target.stat().st_mode):
-                    raise ModelError(str(target), "the output path is a folder", "give the name of a file in it")
+        with writing(target):
             prefix = f".fptq-onnx-{zlib.crc32(os.fsencode(target.name)):08x}-"
             for left in target.parent.glob(f"{prefix}*"):
                 _remove_if_left(left)
@@ -71,7 +83,7 @@ def staged(target: pathlib.Path) -> Iterator[Staging]:
             lock = os.open(folder, os.O_RDONLY)
             stack.callback(os.close, lock)
             fcntl.flock(lock, fcntl.LOCK_EX)
-        yield Staging(folder, target)
+        yield folder
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
@@ -81,7 +93,7 @@ def write_text(path: pathlib.Path, text: str) -> None:
         ModelError: It cannot be written.
     """
     with staged(path) as staging:
-        with _writing(path):
+        with writing(path):
             staging.path.write_text(text, encoding="utf-8")
         staging.publish()
 
@@ -126,7 +138,8 @@ def _remove_if_left(folder: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def _writing(path: pathlib.Path) -> Iterator[None]:
+def writing(path: pathlib.Path) -> Iterator[None]:
+    """Turn errors of the operating system while `path` is written into a ModelError that names it."""
     try:
         yield
     except OSError as error:

@@ -193,7 +193,7 @@ def test_folders_that_cannot_be_converted(source: Path, spoil: Any, reason: str)
         ("source/inner", "lies in the folder that is converted"),
         ("full", "not an empty folder"),
         ("full/file", "not an empty folder"),
-        ("missing/target", "parent cannot be written to"),
+        ("missing/target", "No such file or directory"),
     ],
 )
 def test_outputs_that_cannot_be_written(source: Path, target: str, reason: str) -> None:

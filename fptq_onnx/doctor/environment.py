@@ -211,7 +211,7 @@ def _check_registration(library: LibraryDescription) -> Finding:
     probe = run_probe(Probe(("CPUExecutionProvider",), str(library.path)))
     if probe.error is None:
         return Finding("registration", Status.OK, "onnxruntime takes the op library")
-    reason, fix = explain_load_failure(library.path, probe.error)
+    reason, fix = explain_load_failure(library.path, f"{probe.error}\n{probe.log}")
     return Finding("registration", Status.BROKEN, f"onnxruntime refuses the op library: {reason}", fix)
 
 

@@ -55,5 +55,5 @@ def check_genai(folder: Path, needs_library: bool, runtime_works: bool) -> Itera
     if probe.error is None:
         yield Finding(_CHECK, Status.OK, f"{CONFIG_NAME} registers {library}, which onnxruntime takes")
         return
-    reason, fix = explain_load_failure(path, probe.error)
+    reason, fix = explain_load_failure(path, f"{probe.error}\n{probe.log}")
     yield Finding(_CHECK, Status.BROKEN, f"onnxruntime refuses {path}: {reason}", fix)

@@ -173,7 +173,8 @@ def explain_load_failure(path: str | os.PathLike[str], message: str) -> tuple[st
 
     Args:
         path: The library that was refused.
-        message: What dlopen or onnxruntime said, or by which signal (SIGSEGV) a process that loaded it ended.
+        message: What dlopen or onnxruntime said, its log included, or by which signal (SIGSEGV) a process that loaded
+            it ended.
 
     Returns:
         The reason, one clause, and the fix in the imperative.
@@ -181,6 +182,12 @@ def explain_load_failure(path: str | os.PathLike[str], message: str) -> tuple[st
     file = Path(path)
     if fault := _fault_of_file(file):
         return fault
+    # What onnxruntime's GetApi writes, in the words of today and of older releases.
+    if found := re.search(r"version \[(\d+)\] is not (?:available|supported), only .*?1(?: to |, )(\d+)", message):
+        return (
+            f"it was built for onnxruntime 1.{found[1]} only, and this one is 1.{found[2]}",
+            f"Use the library of this package, which serves any onnxruntime from 1.23: {_BUILD}",
+        )
     if found := re.search(r"version [`']((?:GLIBC|GLIBCXX|CXXABI)_[\d.]+)'? not found", message):
         what = "C library" if found[1].startswith("GLIBC_") else "C++ library"
         return f"it needs {found[1]}, and this system's {what} is older", _REBUILD

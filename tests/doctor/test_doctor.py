@@ -184,6 +184,17 @@ def test_library_that_crashes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert fault.status is Status.BROKEN and "crashes while it is loaded (SIGABRT)" in fault.detail and fault.fix
 
 
+def test_library_for_another_runtime(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What a library does that asks for the API of its own headers and trusts the answer."""
+    source = (
+        "typedef struct { void** (*GetApi)(unsigned); } Base;\n"
+        f"{DESCRIBES}\nvoid* RegisterCustomOps(void* options, const Base* base) {{ return base->GetApi(99)[1]; }}"
+    )
+    fault = _one(_planted_library(monkeypatch, _compiled(tmp_path / "newer.so", source)), "registration")
+    assert "it was built for onnxruntime 1.99 only, and this one is 1." in fault.detail
+    assert "serves any onnxruntime from 1.23" in str(fault.fix)
+
+
 def test_instruction_set_that_cannot_run(folder: Path) -> None:
     """In a process of its own: a library reads the variable once."""
     script = "import sys; from fptq_onnx.cli import main; sys.argv[0] = 'fptq-onnx'; main()"

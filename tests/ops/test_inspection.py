@@ -120,6 +120,11 @@ def test_real_loader_messages(tmp_path: Path) -> None:
         ("failed to map segment from shared object", "forbids running code", "noexec"),
         ("libfptq_ops: this onnxruntime is older than 1.23. Install", "older than 1.23", "pip install"),
         ("another copy of onnxruntime in this process", "two copies", "one onnxruntime"),
+        (
+            "The given version [18] is not supported, only version 1 to 10 is supported in this build.",
+            "built for onnxruntime 1.18 only, and this one is 1.10",
+            "from 1.23",
+        ),
         ("something new", "does not load \\(something new\\)", "Build"),
     ],
 )

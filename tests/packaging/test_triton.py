@@ -129,12 +129,10 @@ def test_the_command_checks_the_schema_where_it_can(tmp_path: Path, client_pytho
 
 
 def test_command_says_what_it_wrote(tmp_path: Path) -> None:
-    if check_schema("", "nothing"):
-        pytest.fail("these tests are for an environment without tritonclient")
     model = converted("llama", families.DYNAMO)
     result = _run("package", model.path, "--triton", tmp_path / "my models", "--name", "w4a8", "--max-batch-size", 0)
     assert result.exit_code == 0, result.stderr
-    assert "pip install 'fptq-onnx[triton]'" in result.stderr
+    assert ("pip install 'fptq-onnx[triton]'" in result.stderr) == (not check_schema("", "nothing"))
     assert "w4a8/libfptq_ops.so" in result.stdout
     assert f"-v '{tmp_path}/my models:/models:ro' nvcr.io/nvidia/tritonserver" in result.stdout
     assert "dynamic_batching" not in (tmp_path / "my models" / "w4a8" / "config.pbtxt").read_text()

@@ -189,6 +189,8 @@ def test_errors_are_one_line(model: Path, text: Path, tmp_path: Path) -> None:
     assert "this is the file the model is read from" in _fails(1, "convert", model, "-o", model)
     assert "recipe '[bold]': there is no such recipe" in _fails(1, "convert", model, "--recipe", "[bold]")
     assert "there is no such field. Use grid." in _fails(1, "convert", model, "--set", "weights.gird=1")
+    assert "size 'much': it is not a size. Write it like 8GiB." in _fails(1, "convert", model, "--max-memory", "much")
+    assert "holds files of something else" in _fails(1, "convert", model, "--work-dir", tmp_path, *SMALL)
     assert "no.txt: cannot be read" in _fails(1, "convert", model, "--calibration", tmp_path / "no.txt")
     (tmp_path / "tokenizer.json").unlink()
     assert "there is no tokenizer" in _fails(1, "convert", model, "--calibration", text)

@@ -278,7 +278,8 @@ class Comparison:
             )
             for model, cut, batches in zip(models, cuts, (self.batches, self.batches[:1], self.batches), strict=True)
         )
-        layers = find_linears(models[1]).layers
+        kept = {value.name for value in _outputs(models[2])}
+        layers = [layer for layer in find_linears(models[1]).layers if layer.output.name in kept]
         meter, noise = OutputMeter(output, self.source, self.target), {layer.name: NoiseMeter() for layer in layers}
         with self.progress.stage("Verifying block by block", len(cuts[0])) as advance:
             for index, segment in enumerate(cuts[0]):

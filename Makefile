@@ -6,11 +6,12 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
+FUZZ_ARGS ?=
 JOBS ?= 2
 # AUTO builds the CUDA kernels where nvcc is found; OFF and ON decide it.
 CUDA ?= AUTO
 
-.PHONY: help setup demo test lint format lib ops-test sanitize clean
+.PHONY: help setup demo test lint format lib ops-test build/sanitize sanitize fuzz clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -51,10 +52,18 @@ ops-test: $(STAMP)  ## C++ tests of the kernels and of the index maths of the CU
 	$(BIN)/cmake --build build/ops-test -j $(JOBS)
 	$(BIN)/ctest --test-dir build/ops-test --output-on-failure
 
-sanitize: $(STAMP)  ## the same under AddressSanitizer and UndefinedBehaviorSanitizer
+build/sanitize: $(STAMP)
 	$(BIN)/cmake -S custom_ops -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DFPTQ_CUDA=OFF -DFPTQ_BUILD_TESTS=ON -DFPTQ_SANITIZE=address,undefined
 	$(BIN)/cmake --build build/sanitize -j $(JOBS)
+
+sanitize: build/sanitize  ## the same under Address- and UndefinedBehaviorSanitizer, concurrent sessions under ThreadSanitizer
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
+	$(BIN)/cmake -S custom_ops -B build/tsan -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DFPTQ_CUDA=OFF -DFPTQ_BUILD_TESTS=ON -DFPTQ_SANITIZE=thread
+	$(BIN)/cmake --build build/tsan -j $(JOBS) --target fptq_concurrency_test
+	$(BIN)/ctest --test-dir build/tsan --output-on-failure -R concurrency
+
+fuzz: build/sanitize  ## a million random nodes and thousands of random sessions against the sanitized op library; writes a record
+	$(BIN)/python tools/fuzz_ops.py build/sanitize $(FUZZ_ARGS)
 
 clean:  ## remove build products (not .venv, not the model cache)
 	rm -rf build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache

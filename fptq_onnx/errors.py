@@ -33,8 +33,9 @@ class FptqError(Exception):
         """Compose the one-line message "where: reason. Fix."."""
         self.where = _one_line(where)
         self.reason = _one_line(reason).rstrip(".")
-        self.fix = (fix[:1].upper() + _one_line(fix[1:])).rstrip(".")
-        super().__init__(f"{where}: {self.reason}. {self.fix}.")
+        told = _one_line(fix).rstrip(".")
+        self.fix = told[:1].upper() + told[1:]
+        super().__init__(f"{self.where}: {self.reason}. {self.fix}.")
 
     def __reduce__(self) -> tuple[object, ...]:
         """Rebuild from the three parts, so that a worker process can hand the error over."""

@@ -4,10 +4,18 @@
 
 namespace fptq {
 
-DynamicQuantizeCall DynamicQuantizeCall::Check(const NodeLocation& location, const std::vector<int64_t>& x) {
+namespace {
+
+void CheckShape(const NodeLocation& location, const std::vector<int64_t>& x) {
   if (x.empty() || x.back() == 0) {
     location.Fail(Concat("X has shape ", ShapeText(x)), "X must be [..., K] with K at least 1");
   }
+}
+
+}  // namespace
+
+DynamicQuantizeCall DynamicQuantizeCall::Check(const NodeLocation& location, const std::vector<int64_t>& x) {
+  CheckShape(location, x);
   DynamicQuantizeCall call;
   call.k = x.back();
   call.rows = std::accumulate(x.begin(), x.end() - 1, int64_t{1}, [](int64_t a, int64_t b) { return a * b; });
@@ -18,7 +26,7 @@ DynamicQuantizeCall DynamicQuantizeCall::Check(const NodeLocation& location, con
 
 void CheckDynamicQuantizeNode(const NodeLocation& location, Ort::ConstKernelInfo info) {
   const std::vector<int64_t> x = info.GetInputTypeInfo(0).GetTensorTypeAndShapeInfo().GetShape();
-  if (!x.empty()) DynamicQuantizeCall::Check(location, x);
+  if (!x.empty()) CheckShape(location, x);  // of any size: a declaration may say 2^62 x 2^62
 }
 
 void InferDynamicQuantizeShapes(InferenceContext& context) {

@@ -55,14 +55,22 @@ inline uint16_t Float16FromFloat(float value) {
   return static_cast<uint16_t>(sign | ((rebased + 0xfffu + ((rebased >> 13) & 1u)) >> 13));
 }
 
+/// Element of an array at any address: in a memory-mapped file tensors may start anywhere.
+template <class T>
+T LoadUnaligned(const void* data, int64_t index = 0) {
+  T value;
+  std::memcpy(&value, static_cast<const char*>(data) + index * static_cast<int64_t>(sizeof(T)), sizeof(T));
+  return value;
+}
+
 inline float LoadElement(const void* data, ElementType type, int64_t index) {
   switch (type) {
     case ElementType::kFloat32:
-      return static_cast<const float*>(data)[index];
+      return LoadUnaligned<float>(data, index);
     case ElementType::kFloat16:
-      return FloatFromFloat16(static_cast<const uint16_t*>(data)[index]);
+      return FloatFromFloat16(LoadUnaligned<uint16_t>(data, index));
     case ElementType::kBFloat16:
-      return FloatFromBFloat16(static_cast<const uint16_t*>(data)[index]);
+      return FloatFromBFloat16(LoadUnaligned<uint16_t>(data, index));
   }
   return 0.0f;
 }

@@ -23,7 +23,7 @@ void QuantizeBuffer(const float* buffer, const QuantizedRows& target, int64_t ro
   const float low = -static_cast<float>(target.zero_point);
   const float high = 255.0f + low;
   for (int64_t i = 0; i < target.k; ++i) {
-    const float ratio = buffer[i] / *target.static_scale;
+    const float ratio = buffer[i] / LoadUnaligned<float>(target.static_scale);
     const float clipped = std::min(ratio > low ? ratio : low, high);  // NaN gives the lowest
     y[i] = static_cast<uint8_t>(std::nearbyint(clipped) - low);
   }

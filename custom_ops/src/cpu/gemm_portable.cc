@@ -52,7 +52,7 @@ void Gemm(const GemmCall& call, int64_t row_begin, int64_t row_end, int64_t stri
           }
         }
       }
-      const float a_scale = call.a_scale[call.per_token ? row : 0];
+      const float a_scale = LoadUnaligned<float>(call.a_scale, call.per_token ? row : 0);
       for (int64_t c = 0; c < std::min(kStrip, w.n - strip * kStrip); ++c) {
         if (w.structured) sum[c] = static_cast<float>(total[c]) * w.scale[static_cast<size_t>(strip * kStrip + c)];
         StoreElement(call.y, call.type, row * w.n + strip * kStrip + c, sum[c] * a_scale);

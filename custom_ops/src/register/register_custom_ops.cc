@@ -54,7 +54,7 @@ OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* options, const OrtA
                                "libfptq_ops: another copy of onnxruntime in this process already uses this library. "
                                "Use one onnxruntime per process, or a copy of the library under another name.");
     }
-    Ort::InitApi(api);
+    if (bound_api == nullptr) Ort::InitApi(api);  // once: sessions that run already read it
     bound_api = api;
     if (registry == nullptr) registry = BuildRegistry(version);
     return api->AddCustomOpDomain(options, registry->domain());

@@ -65,11 +65,19 @@ struct Tiles {
     FPTQ_EACH_TILE(FPTQ_STORE)
 #undef FPTQ_STORE
   }
-  // acc += signed activations x unsigned weights.
-  template <int kAcc, int kA, int kB>
+  // acc += signed activations x signed or unsigned weights.
+  template <int kAcc, int kA, int kB, bool kSigned>
   static void Dot() {
     static_assert(kAcc == 2 * (kA - 4) + (kB - 6), "the four products of two by two tiles");
-    if constexpr (kAcc == 0) {
+    if constexpr (kAcc == 0 && kSigned) {
+      _tile_dpbssd(0, 4, 6);
+    } else if constexpr (kAcc == 1 && kSigned) {
+      _tile_dpbssd(1, 4, 7);
+    } else if constexpr (kAcc == 2 && kSigned) {
+      _tile_dpbssd(2, 5, 6);
+    } else if constexpr (kAcc == 3 && kSigned) {
+      _tile_dpbssd(3, 5, 7);
+    } else if constexpr (kAcc == 0) {
       _tile_dpbsud(0, 4, 6);
     } else if constexpr (kAcc == 1) {
       _tile_dpbsud(1, 4, 7);

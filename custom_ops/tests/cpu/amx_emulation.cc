@@ -33,8 +33,8 @@ struct Tiles {
   static void Store(void* data, int64_t stride) {
     for (int r = 0; r < 16; ++r) std::memcpy(static_cast<char*>(data) + r * stride, tile[kTile][r], 64);
   }
-  // tdpbsud: acc[m][n] += sum_k sum_i signed a[m][4 k + i] * unsigned b[k][4 n + i]
-  template <int kAcc, int kA, int kB>
+  // tdpbssd and tdpbsud: acc[m][n] += sum_k sum_i signed a[m][4 k + i] * b[k][4 n + i], b signed or not
+  template <int kAcc, int kA, int kB, bool kSigned>
   static void Dot() {
     if (!configured) __builtin_trap();
     for (int m = 0; m < 16; ++m) {
@@ -43,7 +43,8 @@ struct Tiles {
         std::memcpy(&sum, &tile[kAcc][m][4 * n], 4);
         for (int k = 0; k < 16; ++k) {
           for (int i = 0; i < 4; ++i) {
-            sum += static_cast<uint32_t>(tile[kA][m][4 * k + i] * static_cast<uint8_t>(tile[kB][k][4 * n + i]));
+            const int8_t weight = tile[kB][k][4 * n + i];
+            sum += static_cast<uint32_t>(tile[kA][m][4 * k + i] * (kSigned ? weight : static_cast<uint8_t>(weight)));
           }
         }
         std::memcpy(&tile[kAcc][m][4 * n], &sum, 4);

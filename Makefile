@@ -11,7 +11,7 @@ JOBS ?= 2
 # AUTO builds the CUDA kernels where nvcc is found; OFF and ON decide it.
 CUDA ?= AUTO
 
-.PHONY: help setup demo test lint format lib ops-test build/sanitize sanitize fuzz clean
+.PHONY: help setup demo test lint format lib ops-test ops-test-emulated build/sanitize sanitize fuzz clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -51,6 +51,12 @@ ops-test: $(STAMP)  ## C++ tests of the kernels and of the index maths of the CU
 	$(BIN)/cmake -S custom_ops -B build/ops-test -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DFPTQ_CUDA=OFF -DFPTQ_BUILD_TESTS=ON
 	$(BIN)/cmake --build build/ops-test -j $(JOBS)
 	$(BIN)/ctest --test-dir build/ops-test --output-on-failure
+
+ops-test-emulated: ops-test  ## the kernel tests on processors that are not here (needs qemu-user and g++-aarch64-linux-gnu)
+	for cpu in Nehalem Haswell; do qemu-x86_64 -cpu $$cpu build/ops-test/tests/cpu/fptq_cpu_test 40 || exit 1; done
+	$(BIN)/cmake -S custom_ops -B build/ops-test-aarch64 -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DFPTQ_CUDA=OFF -DFPTQ_BUILD_TESTS=ON -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static
+	$(BIN)/cmake --build build/ops-test-aarch64 -j $(JOBS) --target fptq_cpu_test
+	for cpu in max cortex-a53; do qemu-aarch64 -cpu $$cpu build/ops-test-aarch64/tests/cpu/fptq_cpu_test 60 || exit 1; done
 
 build/sanitize: $(STAMP)
 	$(BIN)/cmake -S custom_ops -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DFPTQ_CUDA=OFF -DFPTQ_BUILD_TESTS=ON -DFPTQ_SANITIZE=address,undefined

@@ -60,6 +60,7 @@ extern const Kernels kAvx2Kernels;
 extern const Kernels kAvxVnniKernels;
 extern const Kernels kAvx512VnniKernels;
 extern const Kernels kAmxKernels;
+extern const Kernels kNeonDotKernels;
 
 }  // namespace fptq::cpu
 

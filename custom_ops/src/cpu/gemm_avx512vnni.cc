@@ -28,6 +28,7 @@ struct V {
   static constexpr int kFewRows = 5;
   static constexpr int kManyStrips = 4;
   static constexpr int64_t kPrepareBytes = 32;
+  static constexpr int32_t kByteOffset = 128;
 
   static Int Set(int32_t value) { return _mm512_set1_epi32(value); }
   static Int Load(const int32_t* data) { return _mm512_load_si512(data); }
@@ -134,7 +135,7 @@ struct V {
   }
 };
 
-#include "cpu/gemm_x86.inc"
+#include "cpu/gemm_vector.inc"
 
 }  // namespace
 

@@ -20,7 +20,7 @@ inline __m256i DotQuads(__m256i acc, __m256i low, __m256i high, __m256i first, _
 }
 
 #include "cpu/gemm_avx2.inc"
-#include "cpu/gemm_x86.inc"
+#include "cpu/gemm_vector.inc"
 
 }  // namespace
 

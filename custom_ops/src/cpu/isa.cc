@@ -12,6 +12,11 @@
 #endif
 #endif
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 namespace fptq::cpu {
 
 #if defined(__x86_64__)
@@ -54,6 +59,9 @@ std::vector<const Kernels*> AvailableKernels() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (avx2 && HasAvxVnni()) kernels.push_back(&kAvxVnniKernels);
   if (avx2) kernels.push_back(&kAvx2Kernels);
+#endif
+#if defined(__aarch64__) && defined(__linux__)
+  if ((getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0) kernels.push_back(&kNeonDotKernels);
 #endif
   kernels.push_back(&kPortableKernels);
   return kernels;

@@ -6,24 +6,17 @@ import json
 from pathlib import Path
 
 import families
-import numpy as np
 import pytest
+from greedy import greedy
 from typer.testing import CliRunner
 
+from fptq_onnx.calibration.tokens import load_tokenizer
 from fptq_onnx.cli import app
 from fptq_onnx.errors import CalibrationError, ModelError
-from fptq_onnx.evaluation.language_model import LanguageModel, open_language_model
+from fptq_onnx.evaluation.language_model import open_language_model
 from fptq_onnx.generation.generate import find_model, generate, stop_tokens
 
 NEW = 8
-
-
-def _greedy(model: LanguageModel, prompt: list[int]) -> list[int]:
-    """The definition: run the whole sequence again for every token."""
-    ids = list(prompt)
-    for _ in range(NEW):
-        ids.append(int(model.run(np.array(ids), "test")[0][-1].argmax()))
-    return ids[len(prompt) :]
 
 
 @pytest.mark.parametrize("family", [families.DYNAMO_KV, families.GENAI_FP32, families.GENAI_FP16])
@@ -31,14 +24,14 @@ def test_prompts_of_different_lengths_run_as_one_batch(family: str) -> None:
     model = open_language_model(families.model("llama", family).path, threads=1)
     prompts = [[5, 6, 7, 8], [200], [31, 14, 15]]
     made = generate(model, prompts, max_new_tokens=NEW)
-    assert made.token_ids == [_greedy(model, prompt) for prompt in prompts]
+    assert made.token_ids == [greedy(model, prompt, NEW) for prompt in prompts]
     assert (made.prefill_tokens, made.decode_steps) == (8, NEW - 1)
 
 
 def test_each_sequence_ends_with_its_stop_token() -> None:
     model = open_language_model(families.model("llama", families.DYNAMO_KV).path, threads=1)
     prompts = [[5, 6, 7, 8], [200]]
-    whole = [_greedy(model, prompt) for prompt in prompts]
+    whole = [greedy(model, prompt, NEW) for prompt in prompts]
     stop = whole[1][2]
     made = generate(model, prompts, max_new_tokens=NEW, stop={stop})
     ends = [row.index(stop) + 1 if stop in row else NEW for row in whole]
@@ -86,6 +79,25 @@ def test_command() -> None:
     again = CliRunner().invoke(app, [*arguments, "--prompt-ids", by_ids[0], "--prompt-ids", by_ids[1]])
     assert json.loads(again.stdout)["sequences"] == sequences
     assert [len(sequence["token_ids"]) for sequence in sequences] == [NEW, NEW]
+
+
+def test_command_prints_prompt_and_continuation() -> None:
+    """The text on stdout, the speed on stderr; a prompt of ids is answered by text where there is a tokenizer."""
+    tiny = families.model("llama", families.DYNAMO_KV)
+    arguments = ["generate", str(tiny.path), "--max-new-tokens", "4", "--ignore-stop", "--threads", "1"]
+    result = CliRunner().invoke(app, [*arguments, "--prompt", "The [bold]mill"])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("The [bold]mill") and len(result.stdout) > len("The [bold]mill")
+    assert "prefill" in result.stderr and "decode" in result.stderr and "tokens/s" in result.stderr
+    ids = load_tokenizer(tiny.tokenizer).encode("The [bold]mill").ids
+    by_ids = CliRunner().invoke(app, [*arguments, "--prompt-ids", ",".join(map(str, ids))])
+    assert f"The [bold]mill{by_ids.stdout}" == result.stdout
+
+
+def test_command_needs_a_tokenizer_for_text(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"")
+    result = CliRunner().invoke(app, ["generate", str(tmp_path), "--prompt", "a"])
+    assert result.exit_code == 1 and "there is no tokenizer.json beside it" in result.stderr
 
 
 @pytest.mark.parametrize("prompts", [[], ["--prompt", "a", "--prompt-ids", "1"], ["--prompt-ids", "one"]])

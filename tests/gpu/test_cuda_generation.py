@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import families
-import numpy as np
 import pytest
 from conversions import converted
+from greedy import greedy
 
-from fptq_onnx.evaluation.language_model import LanguageModel, open_language_model
+from fptq_onnx.evaluation.language_model import open_language_model
 from fptq_onnx.generation.decoder import Decoder
 from fptq_onnx.generation.generate import generate
 
@@ -18,20 +18,12 @@ NEW = 16
 FAMILIES = (families.GENAI_FP16, families.GENAI_FP32, families.DYNAMO_KV, families.DYNAMO_FP16)
 
 
-def _greedy(model: LanguageModel, prompt: list[int]) -> list[int]:
-    """The definition: run the whole sequence again for every token."""
-    ids = list(prompt)
-    for _ in range(NEW):
-        ids.append(int(model.run(np.array(ids), "test")[0][-1].argmax()))
-    return ids[len(prompt) :]
-
-
 @pytest.mark.parametrize("quantized", [False, True], ids=["float", "w4a8"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_of_a_batch(family: str, quantized: bool) -> None:
     path = converted("llama", family).path if quantized else families.model("llama", family).path
     model = open_language_model(path, "cuda")
-    assert generate(model, PROMPTS, max_new_tokens=NEW).token_ids == [_greedy(model, prompt) for prompt in PROMPTS]
+    assert generate(model, PROMPTS, max_new_tokens=NEW).token_ids == [greedy(model, prompt, NEW) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

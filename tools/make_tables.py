@@ -103,6 +103,53 @@ def _draw_cpu(records: Sequence[Record]) -> str:
     return "\n".join(parts)
 
 
+# Key of a row, heading, and format.
+ABLATION_COLUMNS = (
+    ("perplexity", "Brown", "{:.2f}"),
+    ("kl_mean", "KL", "{:.3f}"),
+    ("speech_perplexity", "speeches", "{:.2f}"),
+    ("cosine_mean", "cosine", "{:.4f}"),
+    ("spearman", "ranks", "{:.4f}"),
+    ("speech_cosine_mean", "cosine, speeches", "{:.4f}"),
+    ("static_share", "static", "{:.0%}"),
+    ("convert_cpu_seconds", "convert, CPU s", "{:.0f}"),
+    ("megabytes", "MB", "{:.0f}"),
+    ("prefill_tokens_per_s", "prefill", "{:.0f}"),
+    ("decode_tokens_per_s", "decode", "{:.1f}"),
+)
+
+
+def _draw_ablation(kind: str, records: Sequence[Record]) -> str:
+    """One row per technique, from the newest record."""
+    of_kind = [record for record in records if record["kind"] == kind]
+    if not of_kind:
+        raise KeyError(f"no record of kind '{kind}' in {RECORDS_DIRECTORY.name}/")
+    record = of_kind[-1]
+    rows, protocol = record["rows"], record["protocol"]
+    shown = [column for column in ABLATION_COLUMNS if any(row.get(column[0]) is not None for row in rows)]
+    cells = [
+        [row["title"], *(form.format(row[key]) if row.get(key) is not None else "-" for key, _, form in shown)]
+        for row in rows
+    ]
+    if "perplexity" in {key for key, _, _ in shown}:
+        judged = (
+            f"perplexity on {protocol['brown_windows']} held-out windows of Brown text and "
+            f"{protocol['speech_windows']} of speeches, {protocol['window']} tokens each; tokens per second of "
+            "processor time with one thread"
+        )
+    else:
+        judged = (
+            f"{protocol['sentences']} held-out texts of {protocol['sentence_tokens']} tokens: cosine similarity to the "
+            "float model's embedding, rank correlation of the similarities of all pairs"
+        )
+    what = f"Calibrated on {protocol['calibration_windows']} windows of {protocol['window']} tokens; {judged}."
+    source = (
+        f"onnxruntime {record['versions'].get('onnxruntime', '-')}, {record['created'][:10]} "
+        f"([record](tools/records/{record['file']}))"
+    )
+    return f"{what}\n\n{markdown_table(['', *(heading for _, heading, _ in shown)], cells)}\n\n{source}\n"
+
+
 TABLES: dict[str, Callable[[Record], str]] = {
     "gpu-operators": _operators,
     "gpu-operators-quick": _operators,
@@ -123,6 +170,8 @@ def draw(name: str, records: Sequence[Record]) -> str:
     """
     if name == "cpu-kernels":
         return _draw_cpu(records)
+    if name.startswith("ablation-"):
+        return _draw_ablation(name, records)
     if name not in TABLES:
         raise KeyError(f"no table is called '{name}'; there are: {', '.join(TABLES)}")
     of_kind = [record for record in records if record["kind"] == name]

@@ -34,16 +34,12 @@ STEPS: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
     ("signed8", "+ int4 on -8..7 with signed scales", {"weights.grid": "signed8"}),
     ("weighted-clip", "+ clip search weighed by the inputs", {"weights.grid": "weighted_clip"}),
     ("rotation", "+ Hadamard rotation of stream and heads", {"rotation.residual": True, "rotation.heads": True}),
-    ("gptq", "+ GPTQ in activation order", {"weights.rounding": "gptq"}),
     ("mse-range", "+ static ranges of least squared error", {"activations.static_range": "mse"}),
     ("output-range", "+ absmax instead where the layers' outputs say so", {"activations.static_range": "output"}),
     ("search", "+ equalizer of the middle bucket searched by output error", {"equalization.method": "search"}),
     ("integer-scales", "+ integer scales", {"weights.scales": "integer"}),
-    (
-        "int8-table",
-        "+ int8 head and embedding, one table (balanced)",
-        {"layers.lm_head": "int8", "layers.embedding": "int8"},
-    ),
+    ("int8-table", "+ int8 head and embedding, one table", _INT8_TABLE),
+    ("gptq", "+ GPTQ in activation order (balanced)", {"weights.rounding": "gptq"}),
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -165,3 +166,9 @@ def test_public_names_exist() -> None:
     assert fptq_onnx.__all__ == sorted(fptq_onnx.__all__)
     assert all(hasattr(fptq_onnx, name) for name in fptq_onnx.__all__)
     assert (PACKAGE / "py.typed").is_file()
+
+
+def test_test_files_have_names_of_their_own() -> None:
+    """pytest imports test files by their base names; two of one name cannot be collected together."""
+    names = Counter(path.name for path in Path(__file__).parent.rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []

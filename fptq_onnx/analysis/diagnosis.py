@@ -32,6 +32,7 @@ _TRIED = 3
 _CULPRIT = 0.2
 # A change of thresholds that makes layers static may raise the loss to this multiple.
 _STATIC_TOLERANCE = 1.5
+_INTEGER_KERNELS = ("W4A8MatMul", "W8A8MatMul")
 
 
 def diagnose(evidence: Evidence) -> list[Finding]:
@@ -322,11 +323,15 @@ def wrong_provider(evidence: Evidence) -> list[Finding]:
     """AQ-002: layers that run elsewhere than asked for, or not through the integer kernel."""
     request = evidence.campaign.laboratory.request
     wanted = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[request.provider]
-    labels = {layer.node: layer.name for layer in evidence.sensitivity}
+    labels = {
+        layer.node: layer.name
+        for layer in evidence.sensitivity
+        if evidence.subject.entry(layer.name).weight_method != "float"
+    }
     stray = [
         kernel
         for kernel in evidence.kernels
-        if kernel.node in labels and (kernel.provider != wanted or kernel.op != "W4A8MatMul")
+        if kernel.node in labels and (kernel.provider != wanted or kernel.op not in _INTEGER_KERNELS)
     ]
     if not stray:
         return []

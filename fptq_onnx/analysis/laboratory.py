@@ -153,7 +153,10 @@ class Laboratory:
         """The metric on as much of the text again, behind what `metric` reads; None where there is not that much."""
         if self.request.text.suffix == ".npz" or ":" in self.metric.name:
             return None
-        metric, batches = open_metric(dataclasses.replace(self.request, skip=len(self.batches)), self._source)
+        try:
+            metric, batches = open_metric(dataclasses.replace(self.request, skip=len(self.batches)), self._source)
+        except CalibrationError:  # nothing is left of the text
+            return None
         return metric if len(batches) >= len(self.batches) else None
 
     def open_session(self, model: ir.Model, *, profile: Path | None = None) -> Any:

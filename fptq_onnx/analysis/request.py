@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,7 @@ class Request:
         tokens: Tokens of the text to measure on, rounded up to whole windows.
         window: Tokens per window.
         provider: Where sessions run.
-        skip: Windows or sequences of the text to pass over; what an analysis did not see lies behind what it saw.
+        skip: Windows, sequences or passages of the text to pass over, to reach what an analysis did not see.
         options: How a command line asks for the recipe, for the commands that findings end in.
     """
 
@@ -153,13 +154,15 @@ def _batches(request: Request, inputs: ModelInputs) -> list[Feeds]:
 
 def _passages(request: Request, inputs: ModelInputs) -> list[Passage]:
     tokenizer = load_tokenizer(_tokenizer(request))
+    lines = read_text(request.text).splitlines()
+    every = (passage for line in lines if (passage := Passage.of_text(line, tokenizer, inputs)) is not None)
     passages: list[Passage] = []
     tokens = 0
-    for line in read_text(request.text).splitlines()[request.skip :]:
-        passage = Passage.of_text(line, tokenizer, inputs)
-        if passage is not None and tokens < request.tokens:
-            passages.append(passage)
-            tokens += passage.token_ids.size
+    for passage in islice(every, request.skip, None):
+        if tokens >= request.tokens:
+            break
+        passages.append(passage)
+        tokens += passage.token_ids.size
     if not passages:
         raise CalibrationError(
             str(request.text), "no line is a passage whose last word could be predicted", "Give one passage per line"

@@ -186,6 +186,8 @@ def _layer_kind(subject: Subject, layer: LinearLayer) -> tuple[object, ...]:
     entry, weights = subject.entry(layer.label), subject.recipe.weights
     if entry.weight_method == "float":
         return ("float", layer.k, layer.n)
+    if entry.weight_method == "int8":
+        return ("W8A8", layer.k, layer.n)
     return ("W4A8", layer.k, layer.n, min(entry.group_size, layer.k), weights.scale_max_multiple)
 
 

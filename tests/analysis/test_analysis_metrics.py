@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -85,6 +86,21 @@ def test_a_python_function_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         _ = Laboratory(_request(tmp_path, metric="judge:broken"), tmp_path / "work").baseline
     with pytest.raises(CalibrationError, match="cannot be imported"):
         Laboratory(_request(tmp_path, metric="judge:missing"), tmp_path / "work")
+
+
+@pytest.mark.parametrize("metric", ["kl", "last-word"])
+def test_unseen_text_lies_behind_what_was_seen(metric: str, tmp_path: Path) -> None:
+    """And there is none where the text ends."""
+    request = _request(tmp_path, metric=metric)
+    model = load_model(request.model)
+    seen, behind = (
+        [batch["input_ids"].tolist() for batch in open_metric(dataclasses.replace(request, skip=skip), model)[1]]
+        for skip in (0, 2)
+    )
+    assert len(seen) >= 2
+    assert behind[: len(seen) - 2] == seen[2:]
+    laboratory = Laboratory(dataclasses.replace(request, tokens=10_000), tmp_path / "work")
+    assert laboratory.unseen_metric() is None
 
 
 def test_metrics_that_do_not_fit_are_refused(tmp_path: Path) -> None:

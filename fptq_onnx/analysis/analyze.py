@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -38,6 +39,8 @@ logger = logging.getLogger(__name__)
 Step = Literal["baseline", "quantized", "groups", "layers", "thresholds", "mixed"]
 STEPS: tuple[Step, ...] = get_args(Step)
 
+# Share of the budget for measurements; the rest is for the check on unseen text and the page.
+_MEASURING = 0.85
 # Of the time that is left when a step begins, the share that it may use; what it leaves goes to the next.
 _SHARES = {"groups": 0.25, "layers": 0.5, "thresholds": 0.5, "mixed": 0.6}
 
@@ -149,7 +152,9 @@ class _Analyzer:
         with self._watch.stage("load"):
             self._lab = Laboratory(self._request, self._folder, progress=self._progress)
             executor = self._executor(jobs, ray)
-        self._campaign = Campaign(self._lab, executor, None if minutes is None else 60 * minutes, self._progress)
+        measuring = None if minutes is None else 60 * minutes * _MEASURING
+        self._campaign = Campaign(self._lab, executor, measuring, self._progress)
+        self._end = None if minutes is None else time.monotonic() + 60 * minutes
         try:
             analysis, proposal = self._measure()
         finally:
@@ -259,6 +264,11 @@ class _Analyzer:
             }
         return study, mixed
 
+    @property
+    def _in_time(self) -> bool:
+        """Whether the whole budget is not over yet."""
+        return self._end is None or time.monotonic() < self._end
+
     def _until(self, step: str) -> float | None:
         return self._campaign.until(_SHARES[step])
 
@@ -281,7 +291,7 @@ class _Analyzer:
             "figures": proposal.measured.figures,
             "seconds_per_batch": proposal.seconds,
             "speedup": slow / proposal.seconds if proposal.seconds else None,
-            "unseen": unseen(self._lab, proposal),
+            "unseen": unseen(self._lab, proposal) if self._in_time else None,
         }
 
     def _data(self) -> dict[str, Any]:

@@ -33,10 +33,9 @@ STEPS: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
     ("paper", "FPTQ as published (int4 absmax/7, g128, LAE, 15/150)", {}),
     ("signed8", "+ int4 on -8..7 with signed scales", {"weights.grid": "signed8"}),
     ("weighted-clip", "+ clip search weighed by the inputs", {"weights.grid": "weighted_clip"}),
+    ("two-buckets", "+ per token from 15 on instead of equalized up to 150", {"activations.v1": 15}),
     ("rotation", "+ Hadamard rotation of stream and heads", {"rotation.residual": True, "rotation.heads": True}),
-    ("mse-range", "+ static ranges of least squared error", {"activations.static_range": "mse"}),
-    ("output-range", "+ absmax instead where the layers' outputs say so", {"activations.static_range": "output"}),
-    ("search", "+ equalizer of the middle bucket searched by output error", {"equalization.method": "search"}),
+    ("output-range", "+ static range absmax or mse by the layers' outputs", {"activations.static_range": "output"}),
     ("integer-scales", "+ integer scales", {"weights.scales": "integer"}),
     ("int8-table", "+ int8 head and embedding, one table", _INT8_TABLE),
     ("gptq", "+ GPTQ in activation order (balanced)", {"weights.rounding": "gptq"}),
@@ -60,22 +59,22 @@ def _instead(name: str, title: str, changes: Mapping[str, Any]) -> Row:
 
 
 _PER_TOKEN = {"activations.scheme": "per-token"}
-_ACCURATE = _PER_TOKEN | {"weights.group_size": 64}
-_EVERY = {"activations.v0": 0, "activations.v1": 1e9}
+_SEARCH = {"equalization.method": "search"}
 
 LANGUAGE_ROWS: tuple[Row, ...] = (
     *_chain(),
-    _instead("two-buckets", "balanced, per token from 15 on instead of the search", {"activations.v1": 15}),
-    _instead("per-token", "balanced, every activation per token", _PER_TOKEN),
-    _instead("accurate", "the same, groups of 64 (accurate)", _ACCURATE),
+    _instead("search", "balanced, equalizer searched from 15 to 150", _SEARCH | {"activations.v1": 150}),
+    _instead("accurate", "accurate: every activation per token, groups of 64", _PER_TOKEN | {"weights.group_size": 64}),
 )
 
 ENCODER_ROWS: tuple[Row, ...] = (
     *_chain(),
-    _instead("two-buckets", "balanced, per token from 15 on instead of the search", {"activations.v1": 15}),
-    _instead("search-all", "balanced, equalizer searched for every activation", _EVERY),
+    _instead("mse-range", "balanced, static ranges of least squared error", {"activations.static_range": "mse"}),
+    _instead("search", "balanced, equalizer searched from 15 to 150", _SEARCH | {"activations.v1": 150}),
+    _instead(
+        "search-all", "balanced, equalizer searched for all", _SEARCH | {"activations.v0": 0, "activations.v1": 1e9}
+    ),
     _instead("bias-correction", "balanced, bias correction", {"weights.bias_correction": True}),
     _instead("asymmetric", "balanced, asymmetric static activations", {"activations.symmetric": False}),
-    _instead("per-token", "balanced, every activation per token", _PER_TOKEN),
-    _instead("accurate", "the same, groups of 64 (accurate)", _ACCURATE),
+    _instead("accurate", "accurate: every activation per token, groups of 64", _PER_TOKEN | {"weights.group_size": 64}),
 )

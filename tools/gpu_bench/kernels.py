@@ -14,6 +14,7 @@ import torch
 from gpu_bench.kernel_library import KernelLibrary, PackedWeight
 from gpu_bench.peers import PEERS, Call, Copy, Peer, PeerUnavailableError, cold_copies, copy
 from gpu_bench.problem import (
+    EXCESS_TOLERANCE,
     QUICK_SHAPES,
     QUICK_TOKENS,
     SHAPES,
@@ -21,12 +22,11 @@ from gpu_bench.problem import (
     ZERO_POINT,
     Shape,
     Weight,
+    excess_error,
     quantize_per_token,
     random_activations,
     random_weight,
     reference,
-    relative_error,
-    tolerance,
 )
 from gpu_bench.records import environment, write_record
 from gpu_bench.tables import markdown_table
@@ -158,7 +158,8 @@ def run(arguments: argparse.Namespace) -> int:
         "rounds": ROUNDS,
         "block": BLOCK,
         "contains": contains,
-        "check": f"integer part equal to int64; float64 result within {tolerance(DTYPE):.1e}; bytes repeat",
+        "check": f"integer part equal to int64; within {EXCESS_TOLERANCE:.0e} of float64 beyond the output type's "
+        "rounding; bytes repeat",
     }
     body = {"protocol": protocol, "ceilings": ceilings, "unavailable": unavailable, "rows": rows}
     print(write_record("gpu-kernels" + ("-quick" if arguments.quick else ""), environment(), body))
@@ -230,7 +231,7 @@ def check_kernels(ours: Ours, tokens: int) -> dict[str, Any]:
     """Compare the kernels with exact arithmetic at one size.
 
     Returns:
-        "integers" (the sums equal int64's on sampled rows and columns), "error" (see `relative_error`), "quantize"
+        "integers" (the sums equal int64's on sampled rows and columns), "error" (see `excess_error`), "quantize"
         (the activations are quantized exactly as defined), "repeats" (equal bytes twice), "passed".
     """
     library, weight, packed, device = ours.library, ours.first, ours.packed[0], ours.generator.device
@@ -252,7 +253,7 @@ def check_kernels(ours: Ours, tokens: int) -> dict[str, Any]:
     y = product(packed, scale)
     repeats = bool(torch.equal(y.view(torch.int16), product(packed, scale).view(torch.int16)))
     rows = torch.randperm(tokens, device=device, generator=ours.generator)[:SAMPLED_ROWS]
-    error = relative_error(y[rows], reference(quantized[rows], scale[rows], weight))
+    error = excess_error(y[rows], reference(quantized[rows], scale[rows], weight))
     finite = bool(torch.isfinite(y).all())
 
     # With integer scales and a float32 output the result is the integer sum itself: random data stay below 2^24.
@@ -265,7 +266,7 @@ def check_kernels(ours: Ours, tokens: int) -> dict[str, Any]:
     b = weight.values[:, columns].long() * multiples[:, columns].repeat_interleave(weight.block, dim=0)[: ours.shape.k]
     exact = (quantized[rows].cpu().numpy().astype(np.int64) - ZERO_POINT) @ b.cpu().numpy()
     integers = bool((sums[rows][:, columns].cpu().numpy() == exact).all())
-    passed = integers and repeats and finite and quantize and error <= tolerance(DTYPE)
+    passed = integers and repeats and finite and quantize and error <= EXCESS_TOLERANCE
     return {"passed": passed, "integers": integers, "error": error, "quantize": quantize, "repeats": repeats}
 
 

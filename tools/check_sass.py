@@ -58,11 +58,11 @@ EXPECTATIONS = (
     Expectation("WarpgroupKernel", HOPPER, r"^UBLKCP\b"),
     Expectation("WarpgroupKernel", HOPPER, r"^UTMALDG\b"),
     # Small batches: warp products, one 16-byte shared load of weights for two of them, bulk copies.
-    Expectation("StreamKernel", HOPPER, r"^IMMA\.16832\.S8\.S8\b", in_loop=True),
+    Expectation("StreamKernel", HOPPER, r"^IMMA\.16832\.S8\.U8\b", in_loop=True),
     Expectation("StreamKernel", HOPPER, r"^LDS\.128\b", in_loop=True),
     Expectation("StreamKernel", HOPPER, r"^UBLKCP\b"),
     # Before Hopper: the same products, fed by asynchronous 16-byte copies.
-    Expectation("TileKernel", r"", r"^IMMA\.16832\.S8\.S8\b", in_loop=True),
+    Expectation("TileKernel", r"", r"^IMMA\.16832\.S8\.U8\b", in_loop=True),
     Expectation("TileKernel", r"", r"^LDS\.128\b", in_loop=True),
     Expectation("TileKernel", r"", r"^LDGSTS\S*\.128\b"),
     # Activations stream through registers 16 bytes at a time.

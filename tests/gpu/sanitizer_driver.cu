@@ -135,6 +135,8 @@ constexpr Path kPaths[] = {
     {"stream, bulk copies, split 4", {1, 1, 16, 0, 4, 0, 0}, 90},
     {"stream, cp.async", {1, 2, 0, 0, 0, 0, 0}, 80},
     {"warpgroup 64x128", {2, 0, 64, 128, 0, 0, 0}, 90},
+    {"warpgroup 128x128", {2, 0, 128, 128, 0, 0, 0}, 90},
+    {"warpgroup 128x192", {2, 0, 128, 192, 0, 0, 0}, 90},
     {"warpgroup 128x256", {2, 0, 128, 256, 0, 0, 0}, 90},
     {"reference", {3, 0, 0, 0, 0, 0, 0}, 80},
 };
@@ -196,6 +198,9 @@ class Driver {
       // These copy rows of A with 16-byte requests; other rows are the tile kernel's.
       const bool bulk = path.options.kernel == 2 || path.options.loader == 1;
       if (bulk && p.k % 16 != 0) continue;
+      // Tiles of 192 channels are for integer-structured scales, those of 256 not for groups of less than 128.
+      if (path.options.tile_n == 192 && p.max_multiple == 0) continue;
+      if (path.options.tile_n == 256 && p.max_multiple == 0 && p.block < 128) continue;
       const size_t bytes = expected.size() * Typed::Size(p.dtype);
       const Buffer<uint8_t> y(std::vector<uint8_t>(bytes, 0xFF));  // NaN in every dtype
       if (Call(library_.matmul(weights, a_device.get(), a_scale_device.get(), p.per_token, zero_point.get(), p.m,
@@ -316,7 +321,8 @@ int main(int argc, char** argv) {
   const std::vector<Problem> layers = {
       // m, k, n, block, dtype, max_multiple, per_token, zero_point
       {0, 256, 128, 128, 1, 0, true, 128}, {0, 576, 200, 128, 1, 15, true, 128}, {0, 200, 72, 64, 0, 0, false, 3},
-      {0, 300, 136, 300, 2, 0, true, 255}, {0, 1000, 100, 32, 1, 0, false, 128}, {0, 129, 65, 100, 2, 15, true, 128},
+      {0, 512, 72, 32, 2, 0, true, 7},     {0, 300, 136, 300, 2, 0, true, 255},  {0, 1000, 100, 32, 1, 0, false, 128},
+      {0, 129, 65, 100, 2, 15, true, 128},
   };
   for (Problem p : layers) {
     for (int m : tokens) {

@@ -201,21 +201,18 @@ FPTQ_HD uint32_t PackWord(const Layout& layout, Encoding encoding, const uint8_t
   return packed;
 }
 
-// Zero points. The tensor cores multiply either the activations as they are (centre 0) or, after one exclusive-or per
-// four values, as int8 minus 128 (centre 128). What is left to add is (centre - zero_point) * sum_k scale * q per
-// channel: a float32 for float scales, an exact int32 for integer-structured ones.
-inline constexpr uint32_t kCentre128 = 0x80808080u;
+// Zero point. The tensor cores multiply the activations as they are, uint8. What is left to take off is
+// zero_point * sum_k scale * q per channel: a float32 for float scales, an exact int32 for integer-structured ones.
 
 /// y of the float encoding, without the factor 16.
-FPTQ_HD float DequantizeFloat(float sum, float column_sum, int centre, int zero_point, float a_scale) {
-  return a_scale * (sum * kFloatEncodingScale + static_cast<float>(centre - zero_point) * column_sum);
+FPTQ_HD float DequantizeFloat(float sum, float column_sum, int zero_point, float a_scale) {
+  return a_scale * (sum * kFloatEncodingScale - static_cast<float>(zero_point) * column_sum);
 }
 
 /// y of the integer encoding; the correction wraps like the sum does, and the corrected sum fits int32.
-FPTQ_HD float DequantizeInteger(int32_t sum, int32_t column_sum, float base, int centre, int zero_point,
-                                float a_scale) {
+FPTQ_HD float DequantizeInteger(int32_t sum, int32_t column_sum, float base, int zero_point, float a_scale) {
   const uint32_t corrected =
-      static_cast<uint32_t>(sum) + static_cast<uint32_t>(centre - zero_point) * static_cast<uint32_t>(column_sum);
+      static_cast<uint32_t>(sum) - static_cast<uint32_t>(zero_point) * static_cast<uint32_t>(column_sum);
   return a_scale * (base * static_cast<float>(static_cast<int32_t>(corrected)));
 }
 

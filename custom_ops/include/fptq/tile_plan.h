@@ -19,6 +19,18 @@ FPTQ_HD constexpr Range Share(int count, int part, int parts) {
   const int begin = part * base + (part < extra ? part : extra);
   return {begin, begin + base + (part < extra ? 1 : 0)};
 }
+/// The same for 2^log_parts parts. A division would take a kernel's first loads some hundred clocks.
+FPTQ_HD constexpr Range ShareOfPower(int count, int part, int log_parts) {
+  const int base = count >> log_parts;
+  const int extra = count & ((1 << log_parts) - 1);
+  const int begin = part * base + (part < extra ? part : extra);
+  return {begin, begin + base + (part < extra ? 1 : 0)};
+}
+FPTQ_HD constexpr int LogOfPower(int power) {
+  int log = 0;
+  while (1 << log < power) ++log;
+  return log;
+}
 
 struct Tile {
   int m, n;
@@ -41,6 +53,8 @@ struct Config {
   int split_k = 0;   ///< CTAs of a cluster that share a tile
   int stages = 0;    ///< depth of the shared-memory ring; streaming kernel: of all groups' rings together
   int clusters = 0;  ///< streaming kernel: clusters of split_k CTAs
+  int parts = 1;     ///< streaming kernel: groups of a CTA that share its rows of K
+  int inboxes = 1;   ///< streaming kernel: inboxes of a group
 };
 
 /// Places in the shared memory of a CTA: a ring of stages of 128 rows of K, each a tile of activations and one block
@@ -74,135 +88,157 @@ struct DeviceLimits {
   int clusters[9];  ///< [size]: clusters of 1, 2, 4 or 8 CTAs that run at once, one CTA on each multiprocessor
 };
 
-/// Deepest ring of at most `blocks` stages that lets `ctas` CTAs share a multiprocessor.
-inline int DeepestRing(const DeviceLimits& device, int ctas, int blocks, int tokens, int strips, int block_stride) {
-  constexpr int kReserved = 1024;  // that CUDA takes from each CTA
-  int room = device.shared_per_multiprocessor / ctas - kReserved;
-  if (room > device.shared_per_cta) room = device.shared_per_cta;
+/// Deepest ring of at most `blocks` stages.
+inline int DeepestRing(const DeviceLimits& device, int blocks, int tokens, int strips, int block_stride) {
   int stages = 1;
-  while (stages < blocks && RingMemory::Of(tokens, strips, stages + 1, block_stride).total <= room) ++stages;
+  while (stages < blocks && RingMemory::Of(tokens, strips, stages + 1, block_stride).total <= device.shared_per_cta)
+    ++stages;
   return stages;
 }
 
-/// Groups of four warps in a CTA of the streaming kernel, each with a strip of its own.
+// The streaming kernel. A cluster of `split` CTAs computes a range of strips; its CTAs share K. The groups of a CTA,
+// four warps each, form teams of `parts` groups: a team computes one span of strips at a time, and its groups share the
+// CTA's rows of K once more. So split * parts groups add up to one span; group (rank, part) is contributor rank * parts
+// + part. Both numbers are powers of two.
+
+/// Groups of four warps in a CTA.
 FPTQ_HD constexpr int StreamGroups(int tokens) { return tokens <= 16 ? 4 : 2; }
+/// Strips of a span: with two, a warp has twice the independent work for each activation that it loads.
+FPTQ_HD constexpr int StreamStrips(int tokens) { return tokens <= 16 ? 2 : 1; }
+/// Rows of K, in blocks, of a stage of a group's ring: two blocks of weights in all.
+FPTQ_HD constexpr int StreamChunk(int tokens) { return 2 / StreamStrips(tokens); }
 
-/// Blocks of a strip that a stage of the streaming kernel's ring holds: the copy engine takes few large requests better
-/// than many small ones.
-inline constexpr int kChunkBlocks = 2;
-/// Warps that keep the rings full; group g is served by producer g % kStreamProducers.
-inline constexpr int kStreamProducers = 2;
+/// Bytes of weights beyond its ring that a CTA asks into L2 while it waits for activations. It costs more than it
+/// brings where more tokens have to pass through L2 and the ring holds most of the weights anyway (measured).
+FPTQ_HD constexpr int StreamPrefetch(int tokens, int64_t weight_bytes) {
+  return tokens <= 8 || weight_bytes > (int64_t{64} << 20) ? 64 * 1024 : 0;
+}
 
-/// Shared memory of a CTA of the streaming kernel. The activations of its share of K stay for its whole life; every
-/// group has a ring of its own (so that a group may run ahead of another: a barrier's parity tells one lap from the
-/// next only) that carries chunks of weights; `inbox` receives the sums of the other CTAs of the cluster, twice per
-/// group because a round is read while the next one arrives.
+/// Shared memory of a CTA. The activations of its share of K stay for its whole life; every group has a ring of its own
+/// (so that a group may run ahead of another: a barrier's parity tells one lap from the next only) that carries chunks
+/// of weights; its inboxes receive the sums of the contributors for the part of a span that it owns: two where there
+/// are several rounds, because a round is read while the next one arrives.
 struct StreamMemory {
-  int tile_bytes, chunk_bytes, inbox_bytes;     ///< of one block of K; of one stage; of one group and round
+  int tile_bytes, chunk_bytes, inbox_bytes;     ///< of one block of K; of one strip in a stage; of one inbox
   int inbox, weights, barriers, barrier_count;  ///< offsets; activations are at 0
   int total;
 
-  /// `blocks`: the largest share of K of a rank, in blocks.
-  FPTQ_HD static constexpr StreamMemory Of(int tokens, int blocks, int stages, int block_stride) {
+  /// `blocks`: the largest share of K of a CTA, in blocks.
+  FPTQ_HD static constexpr StreamMemory Of(int tokens, int blocks, int stages, int inboxes, int block_stride) {
     StreamMemory memory{};
     memory.tile_bytes = tokens * packing::kBlockK;
-    memory.chunk_bytes = kChunkBlocks * block_stride;
-    memory.inbox_bytes = tokens * packing::kStripN * 4;
+    memory.chunk_bytes = StreamChunk(tokens) * block_stride;
+    memory.inbox_bytes = tokens * StreamStrips(tokens) * packing::kStripN * 4;
     memory.inbox = blocks * memory.tile_bytes;
-    memory.weights = memory.inbox + 2 * StreamGroups(tokens) * memory.inbox_bytes;
-    memory.barriers = memory.weights + stages * memory.chunk_bytes;
+    memory.weights = memory.inbox + inboxes * StreamGroups(tokens) * memory.inbox_bytes;
+    memory.barriers = memory.weights + stages * StreamStrips(tokens) * memory.chunk_bytes;
     memory.barrier_count = 2 * stages + 2 * StreamGroups(tokens) + 1;
     memory.total = memory.barriers + memory.barrier_count * 8;
     return memory;
   }
 };
 
-/// Which strips a cluster of the streaming kernel computes: `rounds` times one strip per group.
+/// Which strips a cluster computes: `Rounds` times one span per team.
 struct StreamWork {
   Range strips;
+  int per_span, log_teams;
 
-  FPTQ_HD static constexpr StreamWork Of(int strips, int cluster, int clusters) {
-    return {Share(strips, cluster, clusters)};
+  /// `strips`: all of the cluster.
+  FPTQ_HD static constexpr StreamWork Of(int tokens, Range strips, int log_parts) {
+    return {strips, StreamStrips(tokens), LogOfPower(StreamGroups(tokens)) - log_parts};
   }
-  FPTQ_HD constexpr int Rounds(int groups) const { return (strips.end - strips.begin + groups - 1) / groups; }
-  /// Groups that have a strip in a round.
-  FPTQ_HD constexpr int Active(int round, int groups) const {
-    const int left = strips.end - strips.begin - round * groups;
-    return left < groups ? left : groups;
+  FPTQ_HD constexpr int Spans() const { return (strips.end - strips.begin + per_span - 1) / per_span; }
+  FPTQ_HD constexpr int Rounds() const { return (Spans() + (1 << log_teams) - 1) >> log_teams; }
+  /// Strips of a team in a round; the range is empty where the team has nothing left to do.
+  FPTQ_HD constexpr Range Strips(int round, int team) const {
+    const int begin = strips.begin + ((round << log_teams) + team) * per_span;
+    const int end = begin + per_span < strips.end ? begin + per_span : strips.end;
+    return {begin, begin < end ? end : begin};
   }
 };
+
+/// Rows of K, in blocks, of one group.
+FPTQ_HD constexpr Range StreamBlocks(int k_blocks, int rank, int log_split, int part, int log_parts) {
+  const Range cta = ShareOfPower(k_blocks, rank, log_split);
+  const Range in_cta = ShareOfPower(cta.end - cta.begin, part, log_parts);
+  return {cta.begin + in_cta.begin, cta.begin + in_cta.end};
+}
 
 /// The streaming kernel for m tokens: clusters of at least two CTAs share K, strips are dealt to clusters evenly.
 /// stages = 0 if the activations do not fit: then the kernel cannot run.
 inline Config ChooseStream(const DeviceLimits& device, const packing::Layout& layout, int64_t m, Config config) {
   if (config.tile_m == 0) config.tile_m = m <= 8 ? 8 : m <= 16 ? 16 : m <= 32 ? 32 : 64;
   if (config.split_k == 1) config.split_k = 2;
+  const int tokens = config.tile_m;
   const int blocks = static_cast<int>(layout.k_blocks);
   const int strips = static_cast<int>(layout.strips);
-  const int groups = StreamGroups(config.tile_m);
-  // Two CTAs on a multiprocessor, so that the next kernel's weights arrive while this one finishes; one if need be.
-  const auto stages = [&](int split) {
-    int depth = 0;
-    for (int ctas = 2; ctas >= 1 && depth < 2 * groups; --ctas) {
-      int room = device.shared_per_multiprocessor / ctas - 1024;
-      if (room > device.shared_per_cta) room = device.shared_per_cta;
-      const int share = (blocks + split - 1) / split;
-      depth = 0;
-      while (depth < 24 && StreamMemory::Of(config.tile_m, share, depth + 1, layout.block_stride).total <= room)
-        ++depth;
-    }
-    return depth < groups ? 0 : depth / groups * groups;
-  };
-  const auto per_cluster = [&](int split) { return (strips + device.clusters[split] - 1) / device.clusters[split]; };
-  if (config.split_k == 0) {
-    int64_t best = INT64_MAX;
-    for (int split = 2; split <= 8; split *= 2) {
-      if (split > 2 && blocks / split < 2) continue;
-      if (stages(split) == 0) continue;
-      // Clocks: the multiprocessor's share of the bandwidth, or the time of a group's own chain of blocks (measured).
-      const int64_t share = (blocks + split - 1) / split;
-      const int64_t per = per_cluster(split);
-      const int64_t rounds = (per + groups - 1) / groups;
-      const int64_t active = per < groups ? per : groups;
-      const int64_t bandwidth = 220 * per * share;
-      const int64_t latency = rounds * share * (250 + 80 * active + 10 * config.tile_m);
-      const int64_t cost = (bandwidth > latency ? bandwidth : latency) + 800 * rounds + 100 * split;
-      if (cost < best) {
-        best = cost;
-        config.split_k = split;
-      }
-    }
-    if (config.split_k == 0) config.split_k = 2;
+  const int groups = StreamGroups(tokens);
+  const Config wanted = config;
+  config.stages = 0;
+  int64_t best = INT64_MAX;
+  for (int split = 2; split <= 8; split *= 2) {
+    if (wanted.split_k != 0 ? split != wanted.split_k : split > 2 && blocks / split < 2) continue;
+    const int share = (blocks + split - 1) / split;
+    const int per_cluster = (strips + device.clusters[split] - 1) / device.clusters[split];
+    const int spans = (per_cluster + StreamStrips(tokens) - 1) / StreamStrips(tokens);
+    int parts = spans == 1 ? groups : spans == 2 ? groups / 2 : 1;
+    while (parts > 1 && share < parts) parts /= 2;
+    const int rounds = (spans * parts + groups - 1) / groups;
+    const int inboxes = rounds > 1 ? 2 : 1;
+    int depth = 0;  // stages of all rings
+    while (depth < 40 &&
+           StreamMemory::Of(tokens, share, depth + groups, inboxes, layout.block_stride).total <= device.shared_per_cta)
+      depth += groups;
+    if (depth == 0) continue;
+    // Clocks: the device's bandwidth, a multiprocessor's, or the time of a group's own chain of blocks; loading the
+    // activations; exchanges of sums (measured).
+    const int64_t bandwidth = int64_t{230} * strips * blocks / device.multiprocessors;
+    const int64_t alone = int64_t{170} * per_cluster * share;
+    const int64_t chain = int64_t{rounds} * ((share + parts - 1) / parts) * (500 + 10 * tokens);
+    const int64_t longest = bandwidth > alone ? bandwidth : alone;
+    const int64_t cost =
+        (longest > chain ? longest : chain) + int64_t{5} * share * tokens + 2500 * (rounds - 1) + 100 * split;
+    if (cost >= best) continue;
+    best = cost;
+    config = {tokens,
+              StreamStrips(tokens) * packing::kStripN,
+              split,
+              wanted.stages == 0 ? depth : (wanted.stages + groups - 1) / groups * groups,
+              (strips + per_cluster - 1) / per_cluster,
+              parts,
+              inboxes};
   }
-  config.tile_n = packing::kStripN;
-  config.clusters = (strips + per_cluster(config.split_k) - 1) / per_cluster(config.split_k);
-  config.stages = config.stages == 0 ? stages(config.split_k) : (config.stages + groups - 1) / groups * groups;
   return config;
 }
 
 /// The warpgroup kernel for m tokens: the tile shape and split with the least estimated time, one CTA per
-/// multiprocessor. `wide`: tiles of 256 channels are allowed.
-inline Config ChooseWarpgroup(const DeviceLimits& device, const packing::Layout& layout, int64_t m, bool wide,
-                              Config config) {
+/// multiprocessor.
+inline Config ChooseWarpgroup(const DeviceLimits& device, const packing::Layout& layout, int64_t m,
+                              packing::Encoding encoding, Config config) {
   struct Shape {
     int tile_m, tile_n;
-    int64_t block_ns;  ///< time of 128 rows of K on an H200, measured
+    int64_t float_ns, integer_ns;  ///< time of 128 rows of K on an H100, measured; 0: the kernel has no such tile
   };
-  const Shape shapes[] = {{64, 128, 350}, {128, 128, 630}, {128, 256, 1060}};
+  const Shape shapes[] = {{64, 128, 340, 340}, {128, 128, 640, 530}, {128, 192, 0, 715}, {128, 256, 1170, 990}};
   const int blocks = static_cast<int>(layout.k_blocks);
+  const bool is_integer = encoding == packing::Encoding::kInteger;
   const Config wanted = config;
   int64_t best = INT64_MAX;
   for (const Shape& shape : shapes) {
+    const int64_t block_ns = is_integer ? shape.integer_ns : shape.float_ns;
+    // Groups of 32 or 64 are scaled one at a time, which has no tile of 256 channels.
+    if (block_ns == 0 || (!is_integer && layout.promotion_k != packing::kBlockK && shape.tile_n > 128)) continue;
     if (wanted.tile_m != 0 && wanted.tile_m != shape.tile_m) continue;
-    if (wanted.tile_n != 0 ? wanted.tile_n != shape.tile_n : shape.tile_n == 256 && !wide) continue;
+    if (wanted.tile_n != 0 && wanted.tile_n != shape.tile_n) continue;
     const int64_t tiles =
         packing::CeilDiv(m, shape.tile_m) * packing::CeilDiv(layout.strips * packing::kStripN, shape.tile_n);
     for (int split = 1; split <= 8; split *= 2) {
       if (wanted.split_k != 0 && wanted.split_k != split) continue;
+      if (split > 1 && shape.tile_n == 256) continue;  // the kernel splits tiles of one strip per warpgroup only
       if (wanted.split_k == 0 && split > 1 && (tiles > device.clusters[split] || blocks / split < 4)) continue;
       const int64_t waves = split > 1 ? 1 : packing::CeilDiv(tiles, device.multiprocessors);
       const int64_t reduction = split > 1 ? int64_t{3000} * shape.tile_m * shape.tile_n / (64 * 128) : 0;  // measured
-      const int64_t cost = waves * packing::CeilDiv(blocks, split) * shape.block_ns + reduction;
+      const int64_t cost = waves * packing::CeilDiv(blocks, split) * block_ns + reduction;
       if (cost >= best) continue;
       best = cost;
       config = {shape.tile_m, shape.tile_n, split, wanted.stages, 0};
@@ -210,7 +246,7 @@ inline Config ChooseWarpgroup(const DeviceLimits& device, const packing::Layout&
   }
   const int strips = config.tile_n / packing::kStripN;
   if (config.stages == 0 && strips > 0) {
-    config.stages = DeepestRing(device, 1, 64, config.tile_m, strips, layout.block_stride);
+    config.stages = DeepestRing(device, 64, config.tile_m, strips, layout.block_stride);
   }
   return config;
 }

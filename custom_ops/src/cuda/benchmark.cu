@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(2 * kGroupThreads, 1) WgmmaKernel(int iteratio
   wgmma::Fence();
   for (int i = 0; i < iterations; ++i) {
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) wgmma::Mma<128>::Run(sums, a, descriptor + 2 * (u % 4), 1);
+    for (int u = 0; u < kUnroll; ++u) wgmma::Mma<128>::Add(sums, a, descriptor + 2 * (u % 4));
     wgmma::Commit();
     wgmma::Wait<1>();
   }

@@ -38,6 +38,10 @@ struct MatMulArguments {
   int split;             ///< CTAs of a cluster that share a tile
   int stages;            ///< depth of the shared-memory ring
   int tiles_m, tiles_n;  ///< warpgroup kernel: tiles of the output
+  // Streaming kernel.
+  int log_split, log_parts, inboxes;  ///< see plan::Config
+  int cluster_strips, longer;         ///< strips of a cluster; the first `longer` clusters have one more
+  int prefetch_bytes;                 ///< see plan::StreamPrefetch
 };
 
 /// How a kernel scales its integer sums.
@@ -58,25 +62,27 @@ CUtensorMap ActivationMap(const Device& device, const MatMulCall& call, int64_t 
 template <class T, Encoding kEncoding>
 class Epilogue {
  public:
-  /// `n`: an even channel, below the padded channel count. `centre`: what the tensor cores subtracted from activations.
-  __device__ Epilogue(const MatMulArguments& args, int64_t n, int centre)
-      : call_(args.call), n_(n), channels_(args.weights.layout.n), centre_(centre) {
+  /// `n`: an even channel, below the padded channel count.
+  __device__ Epilogue(const MatMulArguments& args, int64_t n)
+      : call_(args.call), n_(n), channels_(args.weights.layout.n) {
     if (kEncoding == Encoding::kInteger) sum_ = *reinterpret_cast<const int2*>(args.weights.column_sum + n);
     base_ = *reinterpret_cast<const float2*>(args.weights.column_base + n);
     zero_point_ = *call_.a_zero_point;
   }
 
+  /// Scale of row m of the activations.
+  __device__ float Scale(int64_t m) const { return call_.a_scale[!call_.per_token || m >= call_.m ? 0 : m]; }
+
   /// `sums`: bits of two float (float encoding) or int32 (integer encoding) sums of row m.
-  __device__ void Store(int64_t m, uint2 sums) const {
+  __device__ void Store(int64_t m, uint2 sums, float a_scale) const {
     if (m >= call_.m || n_ >= channels_) return;
-    const float a_scale = call_.a_scale[call_.per_token ? m : 0];
     float2 y;
     if constexpr (kEncoding == Encoding::kInteger) {
-      y.x = packing::DequantizeInteger(static_cast<int>(sums.x), sum_.x, base_.x, centre_, zero_point_, a_scale);
-      y.y = packing::DequantizeInteger(static_cast<int>(sums.y), sum_.y, base_.y, centre_, zero_point_, a_scale);
+      y.x = packing::DequantizeInteger(static_cast<int>(sums.x), sum_.x, base_.x, zero_point_, a_scale);
+      y.y = packing::DequantizeInteger(static_cast<int>(sums.y), sum_.y, base_.y, zero_point_, a_scale);
     } else {
-      y.x = packing::DequantizeFloat(__uint_as_float(sums.x), base_.x, centre_, zero_point_, a_scale);
-      y.y = packing::DequantizeFloat(__uint_as_float(sums.y), base_.y, centre_, zero_point_, a_scale);
+      y.x = packing::DequantizeFloat(__uint_as_float(sums.x), base_.x, zero_point_, a_scale);
+      y.y = packing::DequantizeFloat(__uint_as_float(sums.y), base_.y, zero_point_, a_scale);
     }
     T* row = static_cast<T*>(call_.y) + m * channels_ + n_;
     if (channels_ % 2 == 0) {
@@ -90,7 +96,7 @@ class Epilogue {
  private:
   const MatMulCall& call_;
   int64_t n_, channels_;
-  int centre_, zero_point_;
+  int zero_point_;
   float2 base_;
   int2 sum_;
 };

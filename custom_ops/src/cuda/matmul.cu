@@ -84,10 +84,9 @@ Plan ChoosePlan(const Device& device, const WeightView& weights, int64_t m, bool
     return plan.config.stages > 0;
   };
   const auto choose_warpgroup = [&] {
-    const bool wide = weights.encoding == Encoding::kInteger || layout.promotion_k == kBlockK;
     plan.kernel = Kernel::kWarpgroup;
     plan.loader = Loader::kBulk;
-    plan.config = plan::ChooseWarpgroup(device.Limits(), layout, m, wide, wanted.config);
+    plan.config = plan::ChooseWarpgroup(device.Limits(), layout, m, weights.encoding, wanted.config);
     return device.HasWgmma();
   };
   switch (plan.kernel) {
@@ -116,7 +115,11 @@ void LaunchMatMul(const Device& device, const WeightView& weights, const MatMulC
   if (call.m == 0) return;
   const bool aligned = weights.layout.k % 16 == 0 && reinterpret_cast<uintptr_t>(call.a) % 16 == 0;
   const Plan plan = ChoosePlan(device, weights, call.m, aligned, wanted);
-  const MatMulArguments args = {weights, call, plan.config.split_k, plan.config.stages, 0, 0};
+  MatMulArguments args = {};
+  args.weights = weights;
+  args.call = call;
+  args.split = plan.config.split_k;
+  args.stages = plan.config.stages;
   switch (plan.kernel) {
     case Kernel::kStream:
       if (plan.loader == Loader::kAsync) return LaunchTile(device, args, stream);

@@ -5,6 +5,7 @@
 #include <cuda.h>  // CUtensorMap; types only, the driver is never linked
 
 #include <cstdint>
+#include <cstring>
 
 namespace fptq::cuda::ptx {
 
@@ -14,17 +15,43 @@ __device__ __forceinline__ uint32_t SharedAddress(const void* pointer) {
 
 // ---- tensor cores, warp level -------------------------------------------------------------------------------------
 
-/// d += a (16 x 32, int8) * b (32 x 8, int8).
-__device__ __forceinline__ void MmaS8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+/// d += a (16 x 32, int8) * b (32 x 8, uint8).
+__device__ __forceinline__ void MmaAdd(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+/// d = a * b.
+__device__ __forceinline__ void MmaSet(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(0));
 }
 
 __device__ __forceinline__ void LoadMatrices(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(address));
+}
+
+/// One access of 4, 8 or 16 bytes; the compiler would split a 16-byte load whose words are used apart.
+template <class Value>
+__device__ __forceinline__ Value LoadShared(uint32_t address) {
+  static_assert(sizeof(Value) == 4 || sizeof(Value) == 8 || sizeof(Value) == 16);
+  uint32_t words[sizeof(Value) / 4];
+  if constexpr (sizeof(Value) == 4) {
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(words[0]) : "r"(address) : "memory");
+  } else if constexpr (sizeof(Value) == 8) {
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(address) : "memory");
+  } else {
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(address)
+                 : "memory");
+  }
+  Value value;
+  memcpy(&value, words, sizeof(Value));
+  return value;
 }
 
 // ---- asynchronous copies of sm_80 ---------------------------------------------------------------------------------
@@ -92,6 +119,10 @@ __device__ __forceinline__ void BulkCopy(void* shared, const void* global, uint3
           "r"(SharedAddress(shared)),
       "l"(global), "r"(bytes), "r"(SharedAddress(barrier)), "l"(policy)
       : "memory");
+}
+/// Asks for `bytes` (multiple of 16) to be brought into L2; nothing waits for them.
+__device__ __forceinline__ void BulkPrefetch(const void* global, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
 }
 /// The box at (x, y) of a two-dimensional tensor map; the part outside the tensor arrives as zeros and is counted.
 __device__ __forceinline__ void BulkCopyTile(void* shared, const CUtensorMap* map, int x, int y, uint64_t* barrier,

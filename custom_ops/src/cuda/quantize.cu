@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kVector = 8;  // values per load
 constexpr int kMaxThreads = 1024;
-constexpr int kZeroPoint = 128;
+constexpr uint32_t kZeroPoints = 0x80808080u;  // 128 in each byte
 
 /// Eight neighbouring values.
 template <class T>
@@ -18,20 +18,47 @@ struct alignas(sizeof(T) == 4 ? 16 : 8 * sizeof(T)) Vector {
 };
 
 /// round_half_even(x / scale) + 128, clamped to 1..255, exactly as division gives it: the reciprocal's error can move
-/// the quotient over a rounding boundary only near one, and there the division is carried out.
-struct Quantizer {
-  float scale, reciprocal;
-  bool by_reciprocal;
+/// the quotient over a rounding boundary only near one, and there the division is carried out. Adding 1.5 * 2^23 rounds
+/// to an integer and leaves it in the low bits: conversion instructions have a quarter of the rate or less.
+class Quantizer {
+ public:
+  __device__ explicit Quantizer(float scale)
+      : scale_(scale), reciprocal_(1.0f / scale), exact_only_(!(reciprocal_ <= 1e30f && reciprocal_ >= 1e-30f)) {}
 
-  __device__ explicit Quantizer(float scale_in)
-      : scale(scale_in), reciprocal(1.0f / scale_in), by_reciprocal(reciprocal <= 1e30f && reciprocal >= 1e-30f) {}
-
-  __device__ uint32_t operator()(float x) const {
-    float quotient = x * reciprocal;
-    float rounded = rintf(quotient);
-    if (!by_reciprocal || fabsf(fabsf(quotient - rounded) - 0.5f) < 1e-4f) rounded = rintf(x / scale);
-    return static_cast<uint32_t>(static_cast<int>(fminf(fmaxf(rounded, -127.0f), 127.0f)) + kZeroPoint);
+  /// kCount values to as many bytes, four in a word.
+  template <int kCount>
+  __device__ void operator()(const float (&x)[kCount], uint32_t (&words)[kCount / 4]) const {
+    float shifted[kCount];
+    float distance = 0;  // largest one to the nearest integer
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const float quotient = x[i] * reciprocal_;
+      shifted[i] = quotient + kShift;
+      distance = fmaxf(distance, fabsf(quotient - (shifted[i] - kShift)));
+    }
+    if (exact_only_ || distance > 0.4999f) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) shifted[i] = fminf(fmaxf(x[i] / scale_, -127.0f), 127.0f) + kShift;
+    }
+#pragma unroll
+    for (int w = 0; w < kCount / 4; ++w) {
+      const uint32_t low = __byte_perm(__float_as_uint(shifted[4 * w]), __float_as_uint(shifted[4 * w + 1]), 0x0040);
+      const uint32_t high =
+          __byte_perm(__float_as_uint(shifted[4 * w + 2]), __float_as_uint(shifted[4 * w + 3]), 0x0040);
+      words[w] = __byte_perm(low, high, 0x5410) ^ kZeroPoints;
+    }
   }
+  __device__ uint8_t operator()(float x) const {
+    const float same[4] = {x, x, x, x};
+    uint32_t word[1];
+    operator()(same, word);
+    return static_cast<uint8_t>(word[0]);
+  }
+
+ private:
+  static constexpr float kShift = 12582912.0f;
+  float scale_, reciprocal_;
+  bool exact_only_;
 };
 
 /// Largest magnitude of the CTA, as float bits: integer order, and above it infinity and NaN.
@@ -85,12 +112,11 @@ __global__ void __launch_bounds__(kMaxThreads)
   for (int v = 0; v < kVectors; ++v) {
     const int at = v * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
     if (at >= vectors) continue;
-    uint32_t words[2] = {0, 0};
+    float values[kVector];
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      const uint32_t value = finite ? quantize(Numeric<T>::ToFloat(held[v].values[i])) : kZeroPoint;
-      words[i / 4] |= value << (8 * (i % 4));
-    }
+    for (int i = 0; i < kVector; ++i) values[i] = Numeric<T>::ToFloat(held[v].values[i]);
+    uint32_t words[2] = {kZeroPoints, kZeroPoints};
+    if (finite) quantize(values, words);
     target[at] = make_uint2(words[0], words[1]);
   }
 }
@@ -111,7 +137,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   const bool finite = scale == scale;
   const Quantizer quantize(scale);
   for (int64_t i = threadIdx.x; i < k; i += blockDim.x) {
-    q[first + i] = static_cast<uint8_t>(finite ? quantize(Numeric<T>::ToFloat(x[first + i])) : kZeroPoint);
+    q[first + i] = finite ? quantize(Numeric<T>::ToFloat(x[first + i])) : static_cast<uint8_t>(kZeroPoints);
   }
 }
 

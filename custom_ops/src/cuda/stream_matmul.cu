@@ -1,13 +1,12 @@
 // Small M on sm_90 and newer: weights stream once from device memory through shared memory into mma.m16n8k32, weights
 // as its 16-row operand and tokens as the 8-column one. See README.md for the pipeline.
 //
-// The CTAs of a cluster share K: rank r holds the activations of its share in shared memory for its whole life and
-// multiplies that share of every strip of the cluster. Roles: groups of four warps, each with a strip of its own, and
-// two producer warps that keep the groups' rings of weight chunks full. When a group has finished its share of a strip,
-// every thread sends its sums to the ranks that own them (asynchronous stores into their inbox); each rank adds the
-// shares of its part of the strip in rank order: no atomics, the same bytes every run.
-
-#include <climits>
+// The CTAs of a cluster share K: each holds the activations of its share in shared memory for its whole life and
+// multiplies that share of every strip of the cluster. Roles: groups of four warps, in teams that share a span of
+// strips (tile_plan.h), and a producer warp for each group that keeps its ring of weights full. When a group has
+// finished its share of a span, every thread sends its sums to the groups that own them (asynchronous stores into their
+// inbox); each adds the shares of its part of the span in the order of contributors: no atomics, the same bytes every
+// run.
 
 #include "cuda/mma_sums.cuh"
 
@@ -17,9 +16,13 @@ namespace {
 template <int kTokens>
 struct StreamShape {
   static constexpr int kGroups = plan::StreamGroups(kTokens);
+  static constexpr int kStrips = plan::StreamStrips(kTokens);
+  static constexpr int kChunk = plan::StreamChunk(kTokens);
   static constexpr int kConsumerThreads = kGroups * kGroupThreads;
-  static constexpr int kThreads = kConsumerThreads + 32 * plan::kStreamProducers;
-  static constexpr int kPairs = kTokens * kStripN / 2;  // of neighbouring channels in a strip's tile
+  static constexpr int kConsumerWarps = kConsumerThreads / 32;
+  static constexpr int kThreads = kConsumerThreads + 32 * kGroups;
+  static constexpr int kStripPairs = kTokens * kStripN / 2;  // of neighbouring channels in a strip's tile
+  static constexpr int kPairs = kStrips * kStripPairs;       // in a span's
 };
 
 template <int kTokens>
@@ -29,37 +32,48 @@ class StreamCta {
  public:
   __device__ StreamCta(const MatMulArguments& args, uint8_t* shared_memory)
       : args(args),
-        split(args.split),
-        rank(static_cast<int>(blockIdx.x) % split),
+        rank(static_cast<int>(blockIdx.x) & (args.split - 1)),
         depth(args.stages / Shape::kGroups),
-        work(plan::StreamWork::Of(static_cast<int>(args.weights.layout.strips), static_cast<int>(blockIdx.x) / split,
-                                  static_cast<int>(gridDim.x) / split)),
-        blocks(plan::Share(static_cast<int>(args.weights.layout.k_blocks), rank, split)),
+        work(plan::StreamWork::Of(kTokens, Strips(), args.log_parts)),
         first_row(static_cast<int>(blockIdx.y) * kTokens),
         shared(shared_memory),
-        memory(plan::StreamMemory::Of(kTokens, static_cast<int>(packing::CeilDiv(args.weights.layout.k_blocks, split)),
-                                      args.stages, args.weights.layout.block_stride)),
+        memory(plan::StreamMemory::Of(kTokens, (KBlocks() + args.split - 1) >> args.log_split, args.stages,
+                                      args.inboxes, args.weights.layout.block_stride)),
         full(reinterpret_cast<uint64_t*>(shared + memory.barriers)),
         empty(full + args.stages),
         received(empty + args.stages),
         activations(received + 2 * Shape::kGroups) {}
 
-  __device__ uint8_t* Chunk(int stage) const { return shared + memory.weights + stage * memory.chunk_bytes; }
+  __device__ int KBlocks() const { return static_cast<int>(args.weights.layout.k_blocks); }
+  /// Strips of this cluster.
+  __device__ plan::Range Strips() const {
+    const int cluster = static_cast<int>(blockIdx.x) >> args.log_split;
+    const int begin = cluster * args.cluster_strips + min(cluster, args.longer);
+    return {begin, begin + args.cluster_strips + (cluster < args.longer ? 1 : 0)};
+  }
+  /// This CTA's share of K, and one group's.
+  __device__ plan::Range Blocks() const { return plan::ShareOfPower(KBlocks(), rank, args.log_split); }
+  __device__ plan::Range BlocksOf(int group) const {
+    return plan::StreamBlocks(KBlocks(), rank, args.log_split, group & ((1 << args.log_parts) - 1), args.log_parts);
+  }
+  __device__ int TeamOf(int group) const { return group >> args.log_parts; }
+  /// Stage `stage` of a group's ring, and its place among all stages.
+  __device__ int StageOf(int group, int stage) const { return group * depth + stage; }
+  __device__ int StageBytes() const { return Shape::kStrips * memory.chunk_bytes; }
 
   const MatMulArguments& args;
-  int split, rank;
-  int depth;  ///< stages of one group's ring; stage s of group g is number s * groups + g
+  int rank;
+  int depth;  ///< stages of one group's ring
   plan::StreamWork work;
-  plan::Range blocks;
   int first_row;
   uint8_t* shared;
   plan::StreamMemory memory;
-  uint64_t *full, *empty;  ///< [stages]
+  uint64_t *full, *empty;  ///< [groups][depth]
   uint64_t* received;      ///< [groups][2]: a round's sums are in the inbox
   uint64_t* activations;
 };
 
-/// Position in the rings, the same for all groups that are still active: lap parity and stage of the group.
+/// Position in a ring: lap parity and stage.
 struct RingPosition {
   int stage = 0;
   uint32_t parity = 0;
@@ -72,82 +86,103 @@ struct RingPosition {
   }
 };
 
-/// One thread per producer: weights first, which are constants, then the activations, once the kernels ahead have
-/// written them.
+/// One thread per group. Weights are constants: they are asked for before the kernels ahead have finished.
 template <int kTokens>
-__device__ __forceinline__ void Produce(const StreamCta<kTokens>& cta, const CUtensorMap& map, int producer) {
+__device__ __forceinline__ void Produce(const StreamCta<kTokens>& cta, int group) {
   using Shape = StreamShape<kTokens>;
   const WeightView& w = cta.args.weights;
   const packing::Layout& layout = w.layout;
-  const int64_t strip_bytes = layout.StripBytes();
+  const plan::Range blocks = cta.BlocksOf(group);
   const uint64_t policy = ptx::EvictFirstPolicy();
-  const auto load_activations = [&] {
-    ptx::WaitForPredecessors();
-    const int count = cta.blocks.end - cta.blocks.begin;
-    ptx::BarrierArriveExpect(cta.activations, static_cast<uint32_t>(count * cta.memory.tile_bytes));
-    const uint64_t keep = ptx::EvictLastPolicy();
-#pragma unroll 1
-    for (int i = 0; i < count; ++i) {
-      ptx::BulkCopyTile(cta.shared + i * cta.memory.tile_bytes, &map, (cta.blocks.begin + i) * kBlockK, cta.first_row,
-                        cta.activations, keep);
-    }
-  };
-  int before_activations = producer == 0 ? cta.depth : INT_MAX;  // chunks per group of the first filling
+  int until_prefetch = cta.depth;  // chunks of the first filling
   RingPosition at;
-  for (int round = 0; round < cta.work.Rounds(Shape::kGroups); ++round) {
-    const int active = cta.work.Active(round, Shape::kGroups);
-    const int strip = cta.work.strips.begin + round * Shape::kGroups;
-    for (int block = cta.blocks.begin; block < cta.blocks.end; block += plan::kChunkBlocks) {
-      const int bytes = min(plan::kChunkBlocks, cta.blocks.end - block) * layout.block_stride;
-      const uint8_t* blocks = w.blocks + layout.BlockOffset(strip, block);
-      if (before_activations-- == 0) load_activations();
-      for (int group = producer; group < active; group += plan::kStreamProducers) {
-        const int stage = at.stage * Shape::kGroups + group;
-        uint64_t* full = cta.full + stage;
-        ptx::BarrierWait(cta.empty + stage, at.parity ^ 1);
-        ptx::BarrierArriveExpect(full, static_cast<uint32_t>(bytes));
-        ptx::BulkCopy(cta.Chunk(stage), blocks + group * strip_bytes, static_cast<uint32_t>(bytes), full, policy);
+  for (int round = 0; round < cta.work.Rounds(); ++round) {
+    const plan::Range strips = cta.work.Strips(round, cta.TeamOf(group));
+    for (int block = blocks.begin; strips.begin < strips.end && block < blocks.end; block += Shape::kChunk) {
+      const int stage = cta.StageOf(group, at.stage);
+      const int bytes = min(Shape::kChunk, blocks.end - block) * layout.block_stride;
+      if (until_prefetch-- == 0) {  // the ring is full: the rest of the span into L2
+        const int ahead = min((blocks.end - block) * layout.block_stride,
+                              cta.args.prefetch_bytes / (Shape::kGroups * Shape::kStrips));
+        for (int strip = strips.begin; strip < strips.end && ahead > 0; ++strip) {
+          ptx::BulkPrefetch(w.blocks + layout.BlockOffset(strip, block), static_cast<uint32_t>(ahead));
+        }
+      }
+      ptx::BarrierWait(cta.empty + stage, at.parity ^ 1);
+      ptx::BarrierArriveExpect(cta.full + stage, static_cast<uint32_t>((strips.end - strips.begin) * bytes));
+      uint8_t* to = cta.shared + cta.memory.weights + stage * cta.StageBytes();
+      for (int strip = strips.begin; strip < strips.end; ++strip, to += cta.memory.chunk_bytes) {
+        ptx::BulkCopy(to, w.blocks + layout.BlockOffset(strip, block), static_cast<uint32_t>(bytes), cta.full + stage,
+                      policy);
       }
       at.Advance(cta.depth);
     }
   }
-  if (producer == 0 && before_activations >= 0) load_activations();
+}
+
+/// The activations of the CTA's share of K, once the kernels ahead have written them: one thread of each consumer warp
+/// asks for its part, because a request takes a thread about 200 clocks.
+template <int kTokens>
+__device__ __forceinline__ void LoadActivations(const StreamCta<kTokens>& cta, const CUtensorMap& map) {
+  using Shape = StreamShape<kTokens>;
+  ptx::WaitForPredecessors();
+  if (threadIdx.x % 32 != 0) return;
+  const plan::Range blocks = cta.Blocks();
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const plan::Range mine = plan::Share(blocks.end - blocks.begin, warp, Shape::kConsumerWarps);
+  ptx::BarrierArriveExpect(cta.activations, static_cast<uint32_t>((mine.end - mine.begin) * cta.memory.tile_bytes));
+  const uint64_t keep = ptx::EvictLastPolicy();
+#pragma unroll 1
+  for (int i = mine.begin; i < mine.end; ++i) {
+    ptx::BulkCopyTile(cta.shared + i * cta.memory.tile_bytes, &map, (blocks.begin + i) * kBlockK, cta.first_row,
+                      cta.activations, keep);
+  }
 }
 
 template <class T, Promotion kPromotion, int kTokens>
 __device__ __forceinline__ void Consume(const StreamCta<kTokens>& cta) {
   using Shape = StreamShape<kTokens>;
+  constexpr Encoding kEncoding = EncodingOf(kPromotion);
+  constexpr int kLogPairs = plan::LogOfPower(Shape::kPairs);
   const packing::Layout& layout = cta.args.weights.layout;
   const plan::StreamMemory& memory = cta.memory;
   const int group = static_cast<int>(threadIdx.x) / kGroupThreads;
   const int thread = static_cast<int>(threadIdx.x) % kGroupThreads;
-  const int share = Shape::kPairs / cta.split;  // pairs of a strip that each rank owns
-  const int mine = cta.rank * share;
+  const int log_contributors = cta.args.log_split + cta.args.log_parts;
+  const int part = group & ((1 << cta.args.log_parts) - 1);
+  const int contributor = (cta.rank << cta.args.log_parts) + part;
+  const int log_share = kLogPairs - log_contributors;  // pairs of a span that each contributor owns
+  const int share = 1 << log_share;
+  const int mine = contributor << log_share;  // all of one strip: there are at least as many owners as strips
+  const int team_group = group - part;        // first group of the team
+  const int inbox_bytes = cta.args.inboxes * memory.inbox_bytes;
+  const uint32_t base = ptx::SharedAddress(cta.shared);
+  const plan::Range blocks = cta.BlocksOf(group);
   uint64_t* received = cta.received + 2 * group;
-  uint2* inbox = reinterpret_cast<uint2*>(cta.shared + cta.memory.inbox + 2 * group * memory.inbox_bytes);
-  ptx::WaitForPredecessors();
   if (cta.args.call.per_token && thread < kTokens && cta.first_row + thread < cta.args.call.m) {
     ptx::PrefetchLine(cta.args.call.a_scale + cta.first_row + thread);
   }
 
-  MmaSums<T, kPromotion, kTokens> sums;
+  MmaSums<T, kPromotion, kTokens, Shape::kStrips> sums;
   RingPosition at;
-  for (int round = 0; round < cta.work.Rounds(Shape::kGroups); ++round) {
-    if (group >= cta.work.Active(round, Shape::kGroups)) break;
-    // This round's inbox: the sums of all ranks for this rank's pairs of the strip.
-    uint2* slots = inbox + round % 2 * Shape::kPairs;
-    if (thread == 0) ptx::BarrierArriveExpect(received + round % 2, static_cast<uint32_t>(Shape::kPairs * 8));
+  for (int round = 0; round < cta.work.Rounds(); ++round) {
+    const plan::Range strips = cta.work.Strips(round, cta.TeamOf(group));
+    if (strips.begin >= strips.end) break;
+    // This round's inbox: the sums of all contributors for this group's pairs of the span.
+    const int buffer = round % 2;
+    const int inbox = memory.inbox + (round & (cta.args.inboxes - 1)) * memory.inbox_bytes;
+    if (thread == 0) ptx::BarrierArriveExpect(received + buffer, static_cast<uint32_t>(Shape::kPairs * 8));
     sums.Clear();
     if (round == 0) ptx::BarrierWait(cta.activations, 0);
-    for (int block = cta.blocks.begin; block < cta.blocks.end; block += plan::kChunkBlocks) {
-      const int count = min(plan::kChunkBlocks, cta.blocks.end - block);
-      const int stage = at.stage * Shape::kGroups + group;
-      const uint8_t* weights = cta.Chunk(stage);
-      const uint8_t* tile = cta.shared + (block - cta.blocks.begin) * memory.tile_bytes;
+    uint32_t tile = base + (blocks.begin - cta.Blocks().begin) * memory.tile_bytes;
+    for (int block = blocks.begin; block < blocks.end; block += Shape::kChunk) {
+      const int stage = cta.StageOf(group, at.stage);
+      const uint32_t weights = base + memory.weights + stage * cta.StageBytes();
       ptx::BarrierWait(cta.full + stage, at.parity);
-#pragma unroll kTokens <= 16 ? plan::kChunkBlocks : 1
-      for (int i = 0; i < count; ++i) {
-        sums.Add(weights + i * layout.block_stride, tile + i * memory.tile_bytes, layout);
+      const int count = Shape::kChunk == 1 ? 1 : min(Shape::kChunk, blocks.end - block);
+#pragma unroll 1
+      for (int i = 0; i < count; ++i, tile += memory.tile_bytes) {
+        sums.Add(weights + i * layout.block_stride, memory.chunk_bytes, tile, layout);
       }
       __syncwarp();
       if (thread % 32 == 0) ptx::BarrierArrive(cta.empty + stage);
@@ -155,21 +190,30 @@ __device__ __forceinline__ void Consume(const StreamCta<kTokens>& cta) {
     }
 
 #pragma unroll
-    for (int q = 0; q < kTokens / 4; ++q) {
-      const int pair = q * kGroupThreads + thread;
-      const int owner = pair / share;
-      ptx::StoreClusterAsync(ptx::SharedAddress(slots + cta.rank * share + pair % share), sums.Pair(q / 2, q % 2),
-                             received + round % 2, static_cast<uint32_t>(owner));
+    for (int s = 0; s < Shape::kStrips; ++s) {
+#pragma unroll
+      for (int q = 0; q < kTokens / 4; ++q) {
+        const int pair = s * Shape::kStripPairs + q * kGroupThreads + thread;
+        const int owner = pair >> log_share;
+        const int owner_group = team_group + (owner & ((1 << cta.args.log_parts) - 1));
+        const int slot = (contributor << log_share) + (pair & (share - 1));
+        ptx::StoreClusterAsync(base + inbox + owner_group * inbox_bytes + slot * static_cast<int>(sizeof(uint2)),
+                               sums.Pair(s, q / 2, q % 2), cta.received + 2 * owner_group + buffer,
+                               static_cast<uint32_t>(owner >> cta.args.log_parts));
+      }
     }
-    const int strip = cta.work.strips.begin + round * Shape::kGroups + group;
+    const int strip = strips.begin + mine / Shape::kStripPairs;
     const int64_t n = int64_t{strip} * kStripN + packing::ThreadChannel((mine + thread) % kGroupThreads);
-    const Epilogue<T, EncodingOf(kPromotion)> epilogue(cta.args, n, kMmaCentre);
-    ptx::BarrierWait(received + round % 2, round / 2 & 1);
-    for (int i = thread; i < share; i += kGroupThreads) {
+    const bool is_mine = thread < share && strip < strips.end;
+    const Epilogue<T, kEncoding> epilogue(cta.args, is_mine ? n : 0);
+    const uint2* slots = reinterpret_cast<const uint2*>(cta.shared + inbox + group * inbox_bytes);
+    ptx::BarrierWait(received + buffer, round / 2 & 1);
+    for (int i = thread; is_mine && i < share; i += kGroupThreads) {
       uint2 sum = slots[i];
-      for (int r = 1; r < cta.split; ++r) sum = AddSums<EncodingOf(kPromotion)>(sum, slots[r * share + i]);
-      const int q = (mine + i) / kGroupThreads;
-      epilogue.Store(cta.first_row + q / 2 * 8 + (mine + i) % 4 * 2 + q % 2, sum);
+      for (int r = 1; r < 1 << log_contributors; ++r) sum = AddSums<kEncoding>(sum, slots[(r << log_share) + i]);
+      const int q = (mine + i) % Shape::kStripPairs / kGroupThreads;
+      const int m = cta.first_row + q / 2 * 8 + (mine + i) % 4 * 2 + q % 2;
+      epilogue.Store(m, sum, epilogue.Scale(m));
     }
   }
 }
@@ -182,18 +226,23 @@ __global__ void __launch_bounds__(StreamShape<kTokens>::kThreads, 1)
   extern __shared__ __align__(1024) uint8_t shared[];
   const StreamCta<kTokens> cta(args, shared);
   const int producer = (static_cast<int>(threadIdx.x) - Shape::kConsumerThreads) / 32;  // below 0 for consumers
-  if (threadIdx.x < 32) {
-    ptx::PrefetchTensorMap(&map);
-    for (int i = static_cast<int>(threadIdx.x); i < cta.memory.barrier_count; i += 32) {
+  if (threadIdx.x % 32 == 0) {  // initialisations of one warp follow each other, whatever its lanes
+    if (threadIdx.x == 0) ptx::PrefetchTensorMap(&map);
+    for (int i = static_cast<int>(threadIdx.x) / 32; i < cta.memory.barrier_count; i += Shape::kThreads / 32) {
       const bool is_empty = i >= args.stages && i < 2 * args.stages;
-      ptx::BarrierInit(cta.full + i, is_empty ? kGroupThreads / 32 : 1);
+      const bool is_activations = i == cta.memory.barrier_count - 1;
+      ptx::BarrierInit(cta.full + i, is_empty ? kGroupThreads / 32 : is_activations ? Shape::kConsumerWarps : 1);
     }
     ptx::BarrierInitFence();
   }
   __syncthreads();
   ptx::AllowSuccessors();
   ptx::ClusterArriveRelaxed();
-  if (threadIdx.x >= Shape::kConsumerThreads && threadIdx.x % 32 == 0) Produce(cta, map, producer);
+  if (threadIdx.x >= Shape::kConsumerThreads) {
+    if (threadIdx.x % 32 == 0) Produce(cta, producer);
+  } else {
+    LoadActivations(cta, map);
+  }
   __syncwarp();
   ptx::ClusterWait();  // the other ranks' barriers are ready
   if (threadIdx.x < Shape::kConsumerThreads) Consume<T, kPromotion, kTokens>(cta);
@@ -201,14 +250,20 @@ __global__ void __launch_bounds__(StreamShape<kTokens>::kThreads, 1)
 }
 
 template <class T, Promotion kPromotion, int kTokens>
-void LaunchStreamKernel(const Device& device, const MatMulArguments& args, const Plan& plan, Stream stream) {
+void LaunchStreamKernel(const Device& device, MatMulArguments args, const Plan& plan, Stream stream) {
   const packing::Layout& layout = args.weights.layout;
+  args.log_split = plan::LogOfPower(args.split);
+  args.log_parts = plan::LogOfPower(plan.config.parts);
+  args.inboxes = plan.config.inboxes;
+  args.cluster_strips = static_cast<int>(layout.strips / plan.config.clusters);
+  args.longer = static_cast<int>(layout.strips % plan.config.clusters);
+  args.prefetch_bytes = plan::StreamPrefetch(kTokens, layout.WeightBytes());
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>(plan.config.clusters * args.split),
                     static_cast<unsigned>(packing::CeilDiv(args.call.m, kTokens)));
   shape.threads = StreamShape<kTokens>::kThreads;
   shape.shared_bytes = plan::StreamMemory::Of(kTokens, static_cast<int>(packing::CeilDiv(layout.k_blocks, args.split)),
-                                              args.stages, layout.block_stride)
+                                              args.stages, args.inboxes, layout.block_stride)
                            .total;
   shape.cluster = args.split;
   shape.overlap = plan.overlap;

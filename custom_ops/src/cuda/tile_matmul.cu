@@ -111,21 +111,23 @@ __global__ void __launch_bounds__(kStrips* kGroupThreads) TileKernel(const __gri
   loader.Start();
   const plan::RingMemory memory = TileMemory<kTokens, kStrips>(args);
   const int strip = static_cast<int>(threadIdx.x) / kGroupThreads;
-  MmaSums<T, kPromotion, kTokens> sums;
+  MmaSums<T, kPromotion, kTokens, 1> sums;
   for (int i = 0; i < layout.k_blocks; ++i) {
     const int stage = loader.Wait(i);
     if (strip >= work.strips) continue;
-    sums.Add(shared + memory.weights + (stage * kStrips + strip) * memory.block_stride,
-             shared + stage * memory.tile_bytes, layout);
+    const uint32_t base = ptx::SharedAddress(shared);
+    sums.Add(base + memory.weights + (stage * kStrips + strip) * memory.block_stride, 0,
+             base + stage * memory.tile_bytes, layout);
   }
   if (strip >= work.strips) return;
   const int thread = static_cast<int>(threadIdx.x) % kGroupThreads;
   const int64_t n = int64_t{work.first_strip + strip} * kStripN + packing::ThreadChannel(thread);
   if (n >= layout.n) return;
-  const Epilogue<T, EncodingOf(kPromotion)> epilogue(args, n, kMmaCentre);
+  const Epilogue<T, EncodingOf(kPromotion)> epilogue(args, n);
 #pragma unroll
   for (int q = 0; q < kTokens / 4; ++q) {
-    epilogue.Store(work.first_row + q / 2 * 8 + thread % 4 * 2 + q % 2, sums.Pair(q / 2, q % 2));
+    const int64_t m = work.first_row + q / 2 * 8 + thread % 4 * 2 + q % 2;
+    epilogue.Store(m, sums.Pair(0, q / 2, q % 2), epilogue.Scale(m));
   }
 }
 

@@ -9,6 +9,7 @@
 #include <random>
 #include <set>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "fptq/integer_scales.h"
@@ -86,7 +87,7 @@ Fragment LoadFragment(const Problem& p, int64_t strip, int k_block, int step, in
 
 /// One tensor-core step of a 128-thread group: the documented A fragment of mma.m16n8k32 and wgmma.m64nNk32 (thread
 /// t of warp w holds rows 16w + t/4 and + 8, bytes 4(t%4).. and + 16 of K). Adds to sums [64 channels].
-void AddStep(const Problem& p, int64_t strip, int k_block, int step, const uint8_t* activations, int centre,
+void AddStep(const Problem& p, int64_t strip, int k_block, int step, const uint8_t* activations,
              std::vector<int32_t>* sums) {
   for (int thread = 0; thread < kGroupThreads; ++thread) {
     const Fragment fragment = LoadFragment(p, strip, k_block, step, thread);
@@ -96,9 +97,7 @@ void AddStep(const Problem& p, int64_t strip, int k_block, int step, const uint8
       for (int i = 0; i < 4; ++i) {
         const int64_t k = int64_t{k_block} * kBlockK + first_k + i;
         // What the copy engine brings for rows of K beyond the last is arbitrary: the weights there must be zero.
-        const int raw = k < p.layout.k ? activations[k] : 0xA5;
-        // Centre 128 is the kernels' exclusive-or with 0x80, read as int8.
-        const int a = centre == 128 ? static_cast<int8_t>(raw ^ 0x80) : raw;
+        const int a = k < p.layout.k ? activations[k] : 0xA5;
         (*sums)[static_cast<size_t>(channel)] += a * Byte(fragment.a[r], i);
       }
     }
@@ -148,7 +147,7 @@ void TestUnpacking() {
   }
 }
 
-/// Both encodings, both centres, every kind of edge, against int64.
+/// Both encodings, every kind of edge, against int64.
 void TestProducts() {
   std::mt19937 random(7);
   struct Shape {
@@ -163,58 +162,56 @@ void TestProducts() {
       std::vector<uint8_t> a(static_cast<size_t>(shape.k));
       for (uint8_t& x : a) x = static_cast<uint8_t>(random());
       const int zero_point = static_cast<int>(random() % 256);
-      for (const int centre : {0, 128}) {
-        for (int64_t strip = 0; strip < layout.strips; ++strip) {
-          std::vector<int32_t> whole(kStripN, 0);
-          for (int block = 0; block < layout.k_blocks; ++block) {
-            std::vector<int32_t> group(kStripN, 0);
-            int first_step = 0;
-            for (int step = 0; step < kStepsPerBlock; ++step) {
-              AddStep(p, strip, block, step, a.data(), centre, encoding == Encoding::kFloat ? &group : &whole);
-              if (encoding == Encoding::kInteger || !layout.PromotesAfterStep(step)) continue;
-              // One promotion of the float kernels: 16 * sum of (a - centre) * q over rows of one group of scales.
-              const int64_t begin = int64_t{block} * kBlockK + first_step * kStepK;
-              const int64_t end = std::min(shape.k, int64_t{block} * kBlockK + (step + 1) * kStepK);
-              const int64_t row = layout.GroupOf(block, layout.ScaleRowOfStep(step));
-              for (int c = 0; c < kStripN; ++c) {
-                const int64_t n = strip * kStripN + c;
-                int64_t expected = 0;
-                for (int64_t k = begin; n < shape.n && k < end; ++k) {
-                  expected += int64_t{16} * (a[static_cast<size_t>(k)] - centre) * p.Q(k, n);
-                  EXPECT(k / shape.block_size == row, "row %lld of scales for k %lld", static_cast<long long>(row),
-                         static_cast<long long>(k));
-                }
-                EXPECT(group[static_cast<size_t>(c)] == expected,
-                       "k %lld n %lld strip %lld block %d step %d channel %d", static_cast<long long>(shape.k),
-                       static_cast<long long>(shape.n), static_cast<long long>(strip), block, step, c);
+      for (int64_t strip = 0; strip < layout.strips; ++strip) {
+        std::vector<int32_t> whole(kStripN, 0);
+        for (int block = 0; block < layout.k_blocks; ++block) {
+          std::vector<int32_t> group(kStripN, 0);
+          int first_step = 0;
+          for (int step = 0; step < kStepsPerBlock; ++step) {
+            AddStep(p, strip, block, step, a.data(), encoding == Encoding::kFloat ? &group : &whole);
+            if (encoding == Encoding::kInteger || !layout.PromotesAfterStep(step)) continue;
+            // One promotion of the float kernels: 16 * sum of a * q over rows of one group of scales.
+            const int64_t begin = int64_t{block} * kBlockK + first_step * kStepK;
+            const int64_t end = std::min(shape.k, int64_t{block} * kBlockK + (step + 1) * kStepK);
+            const int64_t row = layout.GroupOf(block, layout.ScaleRowOfStep(step));
+            for (int c = 0; c < kStripN; ++c) {
+              const int64_t n = strip * kStripN + c;
+              int64_t expected = 0;
+              for (int64_t k = begin; n < shape.n && k < end; ++k) {
+                expected += int64_t{16} * a[static_cast<size_t>(k)] * p.Q(k, n);
+                EXPECT(k / shape.block_size == row, "row %lld of scales for k %lld", static_cast<long long>(row),
+                       static_cast<long long>(k));
               }
-              std::fill(group.begin(), group.end(), 0);
-              first_step = step + 1;
+              EXPECT(group[static_cast<size_t>(c)] == expected, "k %lld n %lld strip %lld block %d step %d channel %d",
+                     static_cast<long long>(shape.k), static_cast<long long>(shape.n), static_cast<long long>(strip),
+                     block, step, c);
             }
+            std::fill(group.begin(), group.end(), 0);
+            first_step = step + 1;
           }
-          if (encoding != Encoding::kInteger) continue;
-          for (int c = 0; c < kStripN && strip * kStripN + c < shape.n; ++c) {
-            const int64_t n = strip * kStripN + c;
-            int64_t expected = 0;
-            int64_t column_sum = 0;
-            for (int64_t k = 0; k < shape.k; ++k) {
-              const int64_t weight = p.Q(k, n) * p.Multiple(k / shape.block_size, n);
-              expected += (a[static_cast<size_t>(k)] - zero_point) * weight;
-              column_sum += weight;
-            }
-            const float y = DequantizeInteger(whole[static_cast<size_t>(c)], static_cast<int32_t>(column_sum), 1.0f,
-                                              centre, zero_point, 1.0f);
-            EXPECT(y == static_cast<float>(expected), "integer k %lld n %lld channel %d: %f",
-                   static_cast<long long>(shape.k), static_cast<long long>(n), c, static_cast<double>(y));
+        }
+        if (encoding != Encoding::kInteger) continue;
+        for (int c = 0; c < kStripN && strip * kStripN + c < shape.n; ++c) {
+          const int64_t n = strip * kStripN + c;
+          int64_t expected = 0;
+          int64_t column_sum = 0;
+          for (int64_t k = 0; k < shape.k; ++k) {
+            const int64_t weight = p.Q(k, n) * p.Multiple(k / shape.block_size, n);
+            expected += (a[static_cast<size_t>(k)] - zero_point) * weight;
+            column_sum += weight;
           }
+          const float y = DequantizeInteger(whole[static_cast<size_t>(c)], static_cast<int32_t>(column_sum), 1.0f,
+                                            zero_point, 1.0f);
+          EXPECT(y == static_cast<float>(expected), "integer k %lld n %lld channel %d: %f",
+                 static_cast<long long>(shape.k), static_cast<long long>(n), c, static_cast<double>(y));
         }
       }
     }
   }
   // The factor 16 and the zero point of the float encoding: exact where the sums are.
-  EXPECT(DequantizeFloat(16.0f * 1000, 7.0f, 128, 120, 0.5f) == 0.5f * (1000 + 8 * 7), "zero point");
+  EXPECT(DequantizeFloat(16.0f * 1000, 7.0f, 120, 0.5f) == 0.5f * (1000 - 120 * 7), "zero point");
   // A sum that wraps is made right by the correction that wraps.
-  EXPECT(DequantizeInteger(INT32_MIN + 5, -1, 1.0f, 0, 100, 1.0f) ==
+  EXPECT(DequantizeInteger(INT32_MIN + 5, -1, 1.0f, 100, 1.0f) ==
              static_cast<float>(static_cast<int64_t>(INT32_MIN) + 105),
          "wrap");
 }
@@ -268,72 +265,114 @@ void TestTileOrder() {
   }
 }
 
-/// Walks the streaming kernel's schedule: every block of every strip once, group after group through its own ring, and
-/// the exchange of sums gives each pair of channels one owner and each inbox slot one writer.
+/// Walks the streaming kernel's schedule: every block of every strip once, by one group of one CTA.
+void CheckStreamSchedule(const Layout& layout, const plan::Config& config) {
+  const int tokens = config.tile_m;
+  const int blocks = static_cast<int>(layout.k_blocks);
+  const int strips = static_cast<int>(layout.strips);
+  const int log_split = plan::LogOfPower(config.split_k);
+  const int log_parts = plan::LogOfPower(config.parts);
+  std::vector<int> visits(static_cast<size_t>(strips * blocks), 0);
+  for (int cluster = 0; cluster < config.clusters; ++cluster) {
+    const plan::StreamWork work =
+        plan::StreamWork::Of(tokens, plan::Share(strips, cluster, config.clusters), log_parts);
+    EXPECT(work.Rounds() <= 1 || config.inboxes == 2, "%d rounds, %d inboxes", work.Rounds(), config.inboxes);
+    for (int rank = 0; rank < config.split_k; ++rank) {
+      const plan::Range cta = plan::ShareOfPower(blocks, rank, log_split);
+      for (int group = 0; group < plan::StreamGroups(tokens); ++group) {
+        const plan::Range mine = plan::StreamBlocks(blocks, rank, log_split, group % config.parts, log_parts);
+        EXPECT(mine.begin >= cta.begin && mine.end <= cta.end, "group %d leaves the K of its CTA", group);
+        for (int round = 0; round < work.Rounds(); ++round) {
+          const plan::Range span = work.Strips(round, group / config.parts);
+          EXPECT(span.end - span.begin <= plan::StreamStrips(tokens), "span of %d strips", span.end - span.begin);
+          for (int strip = span.begin; strip < span.end; ++strip) {
+            for (int block = mine.begin; block < mine.end; ++block)
+              ++visits[static_cast<size_t>(strip * blocks + block)];
+          }
+        }
+        EXPECT(work.Strips(work.Rounds(), group / config.parts).begin >= work.strips.end, "group %d has work left",
+               group);
+      }
+    }
+  }
+  EXPECT(std::all_of(visits.begin(), visits.end(), [](int v) { return v == 1; }), "%d strips, %d blocks", strips,
+         blocks);
+}
+
+/// The exchange of sums gives each pair of channels of a span one owner and each inbox slot one writer.
+void CheckStreamExchange(int tokens, int split, int parts) {
+  const int strip_pairs = tokens * kStripN / 2;
+  const int pairs = plan::StreamStrips(tokens) * strip_pairs;
+  const int contributors = split * parts;
+  const int log_share = plan::LogOfPower(pairs) - plan::LogOfPower(contributors);
+  const int share = 1 << log_share;
+  EXPECT(share * contributors == pairs, "%d pairs, %d contributors", pairs, contributors);
+  std::set<std::tuple<int, int, int>> outputs;
+  for (int owner = 0; owner < contributors; ++owner) {
+    std::vector<int> writers(static_cast<size_t>(pairs), 0);
+    for (int source = 0; source < contributors; ++source) {
+      for (int pair = 0; pair < pairs; ++pair) {
+        if (pair >> log_share == owner) ++writers[static_cast<size_t>((source << log_share) + (pair & (share - 1)))];
+      }
+    }
+    EXPECT(std::all_of(writers.begin(), writers.end(), [](int w) { return w == 1; }), "inbox of %d", owner);
+    const int mine = owner << log_share;
+    const int strip = mine / strip_pairs;
+    for (int thread = 0; thread < kGroupThreads && thread < share; ++thread) {
+      for (int i = thread; i < share; i += kGroupThreads) {  // as the kernel finishes its part
+        const int pair = mine + i;
+        const int channel = ThreadChannel((mine + thread) % kGroupThreads);
+        EXPECT(pair / strip_pairs == strip, "an owner has parts of two strips");
+        EXPECT(channel == ThreadChannel(pair % kGroupThreads), "channel of pair %d", pair);
+        const int q = pair % strip_pairs / kGroupThreads;
+        outputs.insert({strip, channel, q / 2 * 8 + pair % 4 * 2 + q % 2});
+      }
+    }
+  }
+  EXPECT(outputs.size() == static_cast<size_t>(pairs), "%d tokens, split %d, %d parts", tokens, split, parts);
+}
+
 void TestStreamPlan() {
   const plan::DeviceLimits h200{132, 227 * 1024, 228 * 1024, {0, 132, 66, 0, 30, 0, 0, 0, 14}};
-  for (int64_t k : {16, 128, 400, 4096, 14336, 28672}) {
-    for (int64_t n : {1, 64, 200, 4096, 6144, 14336, 28672}) {
+  for (int64_t k : {16, 128, 400, 576, 1536, 4096, 14336, 28672}) {
+    for (int64_t n : {1, 64, 200, 960, 4096, 6144, 14336, 28672}) {
       for (int64_t m : {1, 8, 9, 16, 17, 32, 33, 64}) {
         for (const int64_t block_size : {int64_t{32}, int64_t{128}}) {
           const Layout layout = Layout::Of(k, n, std::min(k, block_size), 4);
           if (layout.promotion_k == 0) continue;
-          const plan::Config config = plan::ChooseStream(h200, layout, m, {});
-          if (config.stages == 0) continue;  // the activations do not fit: another kernel runs
-          const int groups = plan::StreamGroups(config.tile_m);
-          const int split = config.split_k;
-          const int blocks = static_cast<int>(layout.k_blocks);
-          const auto memory = plan::StreamMemory::Of(config.tile_m, static_cast<int>(CeilDiv(blocks, split)),
-                                                     config.stages, layout.block_stride);
-          EXPECT(memory.total <= h200.shared_per_cta, "%d bytes", memory.total);
-          EXPECT(config.stages % groups == 0 && config.stages >= groups, "%d stages", config.stages);
-          EXPECT(memory.inbox % 1024 == 0 && memory.weights % 128 == 0 && memory.barriers % 8 == 0, "alignment");
-          EXPECT(split >= 2 && split <= 8 && config.tile_m >= std::min<int64_t>(m, 64), "plan");
-          if (m != 1 || block_size != 128) continue;
-          std::vector<int> visits(static_cast<size_t>(layout.strips * blocks), 0);
-          for (int cluster = 0; cluster < config.clusters; ++cluster) {
-            const auto work = plan::StreamWork::Of(static_cast<int>(layout.strips), cluster, config.clusters);
-            for (int rank = 0; rank < split; ++rank) {
-              const plan::Range share = plan::Share(blocks, rank, split);
-              for (int round = 0; round < work.Rounds(groups); ++round) {
-                for (int group = 0; group < work.Active(round, groups); ++group) {
-                  const int strip = work.strips.begin + round * groups + group;
-                  for (int block = share.begin; block < share.end; ++block)
-                    ++visits[static_cast<size_t>(strip * blocks + block)];
-                }
-              }
-            }
+          for (const int wanted_split : {0, 2, 4, 8}) {
+            plan::Config wanted;
+            wanted.split_k = wanted_split;
+            const plan::Config config = plan::ChooseStream(h200, layout, m, wanted);
+            if (config.stages == 0) continue;  // the activations do not fit: another kernel runs
+            const int groups = plan::StreamGroups(config.tile_m);
+            const int blocks = static_cast<int>(layout.k_blocks);
+            const auto memory = plan::StreamMemory::Of(config.tile_m, static_cast<int>(CeilDiv(blocks, config.split_k)),
+                                                       config.stages, config.inboxes, layout.block_stride);
+            EXPECT(memory.total <= h200.shared_per_cta, "%d bytes", memory.total);
+            EXPECT(config.stages % groups == 0 && config.stages >= groups, "%d stages", config.stages);
+            EXPECT(memory.inbox % 1024 == 0 && memory.weights % 128 == 0 && memory.barriers % 8 == 0, "alignment");
+            EXPECT(config.split_k >= 2 && config.split_k <= 8 && config.tile_m >= std::min<int64_t>(m, 64), "plan");
+            EXPECT(config.parts >= 1 && groups % config.parts == 0, "%d parts of %d groups", config.parts, groups);
+            EXPECT(config.clusters <= h200.clusters[config.split_k], "%d clusters", config.clusters);
+            if (m == 1 || m == 9 || m == 33) CheckStreamSchedule(layout, config);
           }
-          EXPECT(std::all_of(visits.begin(), visits.end(), [](int v) { return v == 1; }), "k %lld n %lld",
-                 static_cast<long long>(k), static_cast<long long>(n));
         }
       }
     }
   }
   for (int tokens : {8, 16, 32, 64}) {
     for (int split : {2, 4, 8}) {
-      const int pairs = tokens * kStripN / 2;
-      const int share = pairs / split;
-      std::set<std::pair<int, int>> outputs;
-      for (int rank = 0; rank < split; ++rank) {
-        std::vector<int> writers(static_cast<size_t>(pairs), 0);  // inbox of this rank
-        for (int source = 0; source < split; ++source) {
-          for (int pair = 0; pair < pairs; ++pair) {
-            if (pair / share == rank) ++writers[static_cast<size_t>(source * share + pair % share)];
-          }
-        }
-        EXPECT(std::all_of(writers.begin(), writers.end(), [](int w) { return w == 1; }), "inbox of rank %d", rank);
-        for (int thread = 0; thread < kGroupThreads; ++thread) {
-          for (int i = thread; i < share; i += kGroupThreads) {  // as the kernel finishes its part
-            const int pair = rank * share + i;
-            const int channel = ThreadChannel((rank * share + thread) % kGroupThreads);
-            EXPECT(channel == ThreadChannel(pair % kGroupThreads), "channel of pair %d", pair);
-            const int q = pair / kGroupThreads;
-            outputs.insert({channel, q / 2 * 8 + pair % 4 * 2 + q % 2});
-          }
-        }
+      for (int parts = 1; parts <= plan::StreamGroups(tokens); parts *= 2) CheckStreamExchange(tokens, split, parts);
+    }
+  }
+  for (int count : {0, 1, 5, 32, 112}) {
+    for (int log = 0; log <= 3; ++log) {
+      for (int part = 0; part < 1 << log; ++part) {
+        const plan::Range quick = plan::ShareOfPower(count, part, log);
+        const plan::Range plain = plan::Share(count, part, 1 << log);
+        EXPECT(quick.begin == plain.begin && quick.end == plain.end, "part %d of %d", part, 1 << log);
       }
-      EXPECT(outputs.size() == static_cast<size_t>(pairs), "%d tokens, split %d", tokens, split);
     }
   }
 }
@@ -346,13 +385,19 @@ void TestWarpgroupPlan() {
         for (const int64_t block_size : {int64_t{32}, int64_t{128}}) {
           const Layout layout = Layout::Of(k, n, std::min(k, block_size), 4);
           if (layout.promotion_k == 0) continue;
-          const plan::Config config = plan::ChooseWarpgroup(h200, layout, m, block_size == 128, {});
-          const int strips = config.tile_n / kStripN;
-          const auto memory = plan::RingMemory::Of(config.tile_m, strips, config.stages, layout.block_stride);
-          EXPECT(memory.total <= h200.shared_per_cta && config.stages >= 2, "%d bytes, %d stages", memory.total,
-                 config.stages);
-          EXPECT(memory.weights % 1024 == 0 && memory.barriers % 8 == 0, "alignment");
-          EXPECT(config.split_k == 1 || layout.k_blocks / config.split_k >= 4, "split %d", config.split_k);
+          for (const Encoding encoding : {Encoding::kFloat, Encoding::kInteger}) {
+            const plan::Config config = plan::ChooseWarpgroup(h200, layout, m, encoding, {});
+            const int strips = config.tile_n / kStripN;
+            const auto memory = plan::RingMemory::Of(config.tile_m, strips, config.stages, layout.block_stride);
+            EXPECT(memory.total <= h200.shared_per_cta && config.stages >= 2, "%d bytes, %d stages", memory.total,
+                   config.stages);
+            EXPECT(memory.weights % 1024 == 0 && memory.barriers % 8 == 0, "alignment");
+            EXPECT(config.split_k == 1 || layout.k_blocks / config.split_k >= 4, "split %d", config.split_k);
+            EXPECT(config.split_k == 1 || config.tile_n < 256, "a split tile of 256 channels");
+            const bool in_steps = encoding == Encoding::kFloat && layout.promotion_k != kBlockK;
+            EXPECT(config.tile_n <= 128 || !in_steps, "groups of 32 in tiles of %d channels", config.tile_n);
+            EXPECT(config.tile_n != 192 || encoding == Encoding::kInteger, "float scales in tiles of 192 channels");
+          }
         }
       }
     }

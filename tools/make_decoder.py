@@ -30,6 +30,7 @@ FORMATS = {
     "w4a8": Format.W4A8,
     "w4a8structured": Format.W4A8_STRUCTURED,
     "w4a8static": Format.W4A8_STATIC,
+    "w4a8fused": Format.W4A8_FUSED,
 }
 
 

@@ -19,12 +19,12 @@ from gpu_bench.onnx_models import Activation, Format, layer_model, static_scale,
 from gpu_bench.peers import COLD_BYTES, cold_copies  # noqa: E402
 from gpu_bench.problem import (  # noqa: E402
     Shape,
+    excess_error,
     pack_int4,
     quantize_per_token,
     random_activations,
     random_weight,
     reference,
-    relative_error,
 )
 from gpu_bench.random_decoder import DecoderConfig, write_decoder  # noqa: E402
 from gpu_bench.sessions import op_library  # noqa: E402
@@ -81,11 +81,15 @@ def test_reference_is_exact_arithmetic(generator, zero_point):
     np.testing.assert_allclose(reference(a, a_scale, weight, zero_point).numpy(), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_relative_error_sees_what_is_missing():
-    expected = torch.tensor([[1.0, 2.0, 0.0]], dtype=torch.float64)
-    assert relative_error(expected, expected) == 0
-    assert relative_error(expected + 0.01, expected) > 5e-3
-    assert relative_error(torch.tensor([[1.0, float("nan"), 0.0]]), expected) == float("inf")
+@pytest.mark.parametrize("dtype", TYPES)
+def test_excess_error_is_what_rounding_does_not_explain(generator, dtype):
+    expected = torch.randn(40, 50, dtype=torch.float64, generator=generator)
+    expected *= torch.logspace(-4, 3, 40, dtype=torch.float64).unsqueeze(1)
+    assert excess_error(expected.to(dtype), expected) < 1e-7
+    assert excess_error((expected * (1 + 3e-3)).to(dtype), expected) == pytest.approx(3e-3, rel=0.02)
+    missing = expected.to(dtype)
+    missing[3, 4] = float("nan")
+    assert excess_error(missing, expected) == float("inf")
 
 
 def test_quantize_per_token_is_the_operator(generator):
@@ -122,7 +126,7 @@ def test_layer_model_computes_the_reference(generator, activation, structured):
         a = torch.from_numpy(a)
         a_scale = torch.from_numpy(rest[0]) if rest else static_scale(torch.float32).expand(2, 3, 1)
     expected = reference(a.view(6, 130), a_scale.reshape(6, 1), weight, zero_point)
-    assert relative_error(torch.from_numpy(y).view(6, 24), expected) < 1e-5
+    assert excess_error(torch.from_numpy(y).view(6, 24), expected) < 1e-5
 
 
 @pytest.mark.parametrize("form", list(Format))
@@ -149,7 +153,7 @@ def test_formats_hold_the_same_weight(tmp_path):
     assert np.linalg.norm(a - b) < 0.05 * np.linalg.norm(a)
 
 
-@pytest.mark.parametrize("form", [Format.FLOAT16, Format.NBITS_32, Format.W4A8])
+@pytest.mark.parametrize("form", [Format.FLOAT16, Format.NBITS_32, Format.W4A8, Format.W4A8_FUSED])
 def test_random_decoder_decodes_as_it_prefills(tmp_path, form):
     """One step through the cache gives the logits of the whole prompt's last position."""
     config = DecoderConfig(2, 192, 320, 6, 2, 32, 50, positions=64)

@@ -40,6 +40,12 @@ class Format(enum.StrEnum):
     W4A8 = "W4A8 b128"
     W4A8_STRUCTURED = "W4A8 b128 structured"
     W4A8_STATIC = "W4A8 b128 static"
+    W4A8_FUSED = "W4A8 b128 structured, norms and SiLU that quantize"  # of whole decoders
+
+    @property
+    def structured(self) -> bool:
+        """Whether scales are small multiples of one base per column."""
+        return self in (Format.W4A8_STRUCTURED, Format.W4A8_FUSED)
 
     @property
     def block(self) -> int:
@@ -122,6 +128,7 @@ class ModelBuilder:
         self, op_type: str, inputs: Sequence[str], outputs: Sequence[str], domain: str = "", **attributes: object
     ) -> None:
         """Append a node named after its first output."""
+        self._names.update(outputs)
         self.nodes.append(
             helper.make_node(op_type, inputs, outputs, name=f"{outputs[0]}/{op_type}", domain=domain, **attributes)
         )
@@ -186,8 +193,7 @@ def store(builder: ModelBuilder, name: str, shape: Shape, form: Format, generato
         weight = torch.randn(shape.k, shape.n, device=generator.device, generator=generator) * shape.k**-0.5
         return [builder.external(name, TensorProto.FLOAT16, [shape.k, shape.n], weight.half())]
     block = form.block
-    structured = form is Format.W4A8_STRUCTURED
-    weight = random_weight(shape, block, torch.float16, generator, structured=structured)
+    weight = random_weight(shape, block, torch.float16, generator, structured=form.structured)
     if form in (Format.NBITS_128, Format.NBITS_32):
         packed, scale = _nbits(weight)
         blocks = weight.scale.shape[0]
@@ -229,7 +235,7 @@ def linear(builder: ModelBuilder, value: str, weight: Sequence[str], output: str
         builder.node_once("QuantizeLinear", [value, half, zero_point], [quantized])
     else:
         builder.node_once("DynamicQuantizePerToken", [value], [quantized, scale], DOMAIN)
-    multiple = SCALE_MAX_MULTIPLE if form is Format.W4A8_STRUCTURED else 0
+    multiple = SCALE_MAX_MULTIPLE if form.structured else 0
     w4a8_layer(builder, quantized, scale, weight, output, form.block, multiple)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from onnx import TensorProto, ValueInfoProto, helper
 
+from fptq_onnx.ops import DOMAIN
 from gpu_bench.onnx_models import Format, ModelBuilder, linear, store
 from gpu_bench.problem import Shape
 
@@ -112,6 +113,14 @@ class _Writer:
     def _norm(self, name: str, value: str, addend: str | None) -> tuple[str, str]:
         """(normed, residual): of value, or of value + addend."""
         weight = self.builder.constant(f"{name}_weight", np.ones(self.config.hidden, np.float16))
+        if self.form is Format.W4A8_FUSED:  # the name stands for the quantized activation and its scale
+            if addend is None:
+                outputs = [f"{name}_q", f"{name}_s"]
+                self.builder.node("RMSNormDynamicQuantize", [value, weight], outputs, DOMAIN, epsilon=1e-5)
+                return name, value
+            outputs = [f"{name}_q", f"{name}_s", f"{name}_residual"]
+            self.builder.node("SkipRMSNormDynamicQuantize", [value, addend, weight], outputs, DOMAIN, epsilon=1e-5)
+            return name, f"{name}_residual"
         if addend is None:
             self.builder.node(
                 "SimplifiedLayerNormalization", [value, weight], [name], axis=-1, epsilon=1e-5, stash_type=1
@@ -145,9 +154,13 @@ class _Writer:
         normed, residual = self._norm(f"{at}.mlp_norm", residual, f"{at}.o_out")
         for name in ("gate", "up"):
             self._linear(f"{at}.{name}", normed, f"{at}.{name}_out", c.hidden, c.intermediate)
-        self.builder.node("Sigmoid", [f"{at}.gate_out"], [f"{at}.sigmoid"])
-        self.builder.node("Mul", [f"{at}.gate_out", f"{at}.sigmoid"], [f"{at}.silu"])
-        self.builder.node("Mul", [f"{at}.silu", f"{at}.up_out"], [f"{at}.gated"])
+        if self.form is Format.W4A8_FUSED:
+            outputs = [f"{at}.gated_q", f"{at}.gated_s"]
+            self.builder.node("SiluMulDynamicQuantize", [f"{at}.gate_out", f"{at}.up_out"], outputs, DOMAIN)
+        else:
+            self.builder.node("Sigmoid", [f"{at}.gate_out"], [f"{at}.sigmoid"])
+            self.builder.node("Mul", [f"{at}.gate_out", f"{at}.sigmoid"], [f"{at}.silu"])
+            self.builder.node("Mul", [f"{at}.silu", f"{at}.up_out"], [f"{at}.gated"])
         self._linear(f"{at}.down", f"{at}.gated", f"{at}.down_out", c.intermediate, c.hidden)
         normed, residual = self._norm(f"{at}.next_norm", residual, f"{at}.down_out")
         return residual, normed

@@ -27,6 +27,7 @@ inline constexpr int kBlockK = 128;                        // rows of K of a blo
 inline constexpr int kStepK = 32;                          // rows of K of one tensor-core step
 inline constexpr int kStepsPerBlock = kBlockK / kStepK;    // 4
 inline constexpr int kBlockBytes = kStripN * kBlockK / 2;  // 4096
+inline constexpr int kInt8BlockBytes = kStripN * kBlockK;  // 8192
 inline constexpr int kGroupThreads = 128;                  // threads that share a block
 inline constexpr int kWordsPerBlock = kBlockBytes / 4;     // 1024
 inline constexpr int kHalfBytes = kBlockBytes / 2;         // two steps of all threads
@@ -40,6 +41,7 @@ FPTQ_HD constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b
 enum class Encoding : int32_t {
   kFloat = 0,    ///< nibble = q (two's complement): unpacks to the int8 16 * q; scales are T
   kInteger = 1,  ///< nibble = unsigned digit, unpacks to the int8 q * i; multipliers are IntegerScale
+  kInt8 = 2,     ///< the int8 values themselves (W8A8), blocks of twice the size
 };
 
 /// What the tensor cores multiply by: every scale group is cut at this many rows of K.
@@ -68,6 +70,19 @@ struct Layout {
     layout.k_blocks = CeilDiv(k, kBlockK);
     layout.promotion_k = PromotionK(k, block_size);
     layout.block_stride = kBlockBytes + layout.RowsPerBlock() * kStripN * scale_bytes;
+    return layout;
+  }
+
+  /// Of int8 weights: blocks of 8 KB, one scale per channel that is kept outside of them.
+  FPTQ_HD static constexpr Layout OfInt8(int64_t k, int64_t n) {
+    Layout layout;
+    layout.k = k;
+    layout.n = n;
+    layout.block_size = k;
+    layout.strips = CeilDiv(n, kStripN);
+    layout.k_blocks = CeilDiv(k, kBlockK);
+    layout.promotion_k = kBlockK;
+    layout.block_stride = kInt8BlockBytes;
     return layout;
   }
 
@@ -124,6 +139,31 @@ FPTQ_HD constexpr NibblePlace PlaceOfValue(int channel, int k) {
   const int thread = channel / 16 * 32 + channel % 16 / 2 * 4 + in_step % 16 / 4;
   const int word = step / 2 * (kHalfBytes / 4) + thread * 4 + step % 2 * 2 + channel % 2;
   return {word, 8 * (in_step % 4) + 4 * (in_step / 16)};
+}
+
+/// The same for a block of int8 weights, whose 16-byte words are the fragments: thread t finds step s at byte
+/// s * 2048 + t * 16. Byte b of the word comes from row k + b.
+struct Int8WordOrigin {
+  int channel, k;
+};
+FPTQ_HD constexpr Int8WordOrigin OriginOfInt8Word(int word) {
+  const int step = word / (kInt8BlockBytes / 4 / kStepsPerBlock);
+  const int thread = word / 4 % kGroupThreads;
+  const int r = word % 4;
+  return {ThreadChannel(thread) + r % 2, step * kStepK + 4 * (thread % 4) + r / 2 * 16};
+}
+
+/// Packs the word `word` of block (strip, k_block) of int8 weights b [k, n].
+FPTQ_HD uint32_t PackInt8Word(const Layout& layout, const int8_t* b, int64_t strip, int64_t k_block, int word) {
+  const Int8WordOrigin origin = OriginOfInt8Word(word);
+  const int64_t n = strip * kStripN + origin.channel;
+  uint32_t packed = 0;
+  for (int byte = 0; byte < 4; ++byte) {
+    const int64_t k = k_block * kBlockK + origin.k + byte;
+    const int8_t value = n < layout.n && k < layout.k ? b[k * layout.n + n] : int8_t{0};
+    packed |= uint32_t{static_cast<uint8_t>(value)} << (8 * byte);
+  }
+  return packed;
 }
 
 /// Element i of a row-major int4 tensor, low nibble first, sign-extended.

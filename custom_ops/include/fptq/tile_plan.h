@@ -190,14 +190,16 @@ inline Config ChooseStream(const DeviceLimits& device, const packing::Layout& la
            StreamMemory::Of(tokens, share, depth + groups, inboxes, layout.block_stride).total <= device.shared_per_cta)
       depth += groups;
     if (depth == 0) continue;
-    // Clocks: the device's bandwidth, a multiprocessor's, or the time of a group's own chain of blocks; loading the
-    // activations; exchanges of sums (measured).
+    // Clocks, measured: the device's bandwidth or the time of a group's own chain of blocks; loading the activations,
+    // which hides in part behind the weights; exchanges of sums; larger clusters; spans of half the strips.
     const int64_t bandwidth = int64_t{230} * strips * blocks / device.multiprocessors;
-    const int64_t alone = int64_t{170} * per_cluster * share;
     const int64_t chain = int64_t{rounds} * ((share + parts - 1) / parts) * (500 + 10 * tokens);
-    const int64_t longest = bandwidth > alone ? bandwidth : alone;
-    const int64_t cost =
-        (longest > chain ? longest : chain) + int64_t{5} * share * tokens + 2500 * (rounds - 1) + 100 * split;
+    const int64_t load = int64_t{5} * share * tokens;
+    const int64_t cost = (bandwidth > chain ? bandwidth : chain) + (load < 2240 ? load : 2240) + 2500 * (rounds - 1) +
+                         (split == 2   ? 0
+                          : split == 4 ? 600
+                                       : 700) +
+                         (per_cluster < StreamStrips(tokens) ? 1500 : 0);
     if (cost >= best) continue;
     best = cost;
     config = {tokens,
@@ -219,15 +221,16 @@ inline Config ChooseWarpgroup(const DeviceLimits& device, const packing::Layout&
     int tile_m, tile_n;
     int64_t float_ns, integer_ns;  ///< time of 128 rows of K on an H100, measured; 0: the kernel has no such tile
   };
-  const Shape shapes[] = {{64, 128, 340, 340}, {128, 128, 640, 530}, {128, 192, 0, 715}, {128, 256, 1170, 990}};
+  const Shape shapes[] = {{64, 128, 350, 385}, {128, 128, 620, 510}, {128, 192, 0, 690}, {128, 256, 1150, 970}};
   const int blocks = static_cast<int>(layout.k_blocks);
-  const bool is_integer = encoding == packing::Encoding::kInteger;
+  const bool is_float = encoding == packing::Encoding::kFloat;
   const Config wanted = config;
   int64_t best = INT64_MAX;
   for (const Shape& shape : shapes) {
-    const int64_t block_ns = is_integer ? shape.integer_ns : shape.float_ns;
-    // Groups of 32 or 64 are scaled one at a time, which has no tile of 256 channels.
-    if (block_ns == 0 || (!is_integer && layout.promotion_k != packing::kBlockK && shape.tile_n > 128)) continue;
+    const int64_t block_ns = is_float ? shape.float_ns : shape.integer_ns;
+    // Groups of 32 or 64 are scaled one at a time; that and int8 weights have no larger tiles.
+    const bool small = encoding == packing::Encoding::kInt8 || (is_float && layout.promotion_k != packing::kBlockK);
+    if (block_ns == 0 || (small && shape.tile_n > 128)) continue;
     if (wanted.tile_m != 0 && wanted.tile_m != shape.tile_m) continue;
     if (wanted.tile_n != 0 && wanted.tile_n != shape.tile_n) continue;
     const int64_t tiles =

@@ -49,10 +49,15 @@ enum class Promotion {
   kBlock,    ///< float scales, one group (or part of one) per 128 rows of K
   kStep,     ///< float scales, groups of 32 or 64
   kInteger,  ///< integer-structured scales: one int32 sum over all K
+  kInt8,     ///< int8 weights: the same, with nothing to unpack
 };
+FPTQ_HD constexpr bool HasFloatScales(Promotion promotion) {
+  return promotion == Promotion::kBlock || promotion == Promotion::kStep;
+}
 
+/// How sums become results: float sums, or int32 ones times the channel's base scale.
 FPTQ_HD constexpr Encoding EncodingOf(Promotion promotion) {
-  return promotion == Promotion::kInteger ? Encoding::kInteger : Encoding::kFloat;
+  return HasFloatScales(promotion) ? Encoding::kFloat : Encoding::kInteger;
 }
 
 /// The map of A [m, k] for tiles of `rows` rows x 128 bytes, swizzled. Encoded on the host, passed by value.
@@ -162,6 +167,8 @@ template <class Body>
 void ForPromotion(const WeightView& weights, Body&& body) {
   if (weights.encoding == Encoding::kInteger) {
     body(std::integral_constant<Promotion, Promotion::kInteger>{});
+  } else if (weights.encoding == Encoding::kInt8) {
+    body(std::integral_constant<Promotion, Promotion::kInt8>{});
   } else if (weights.layout.promotion_k == kBlockK) {
     body(std::integral_constant<Promotion, Promotion::kBlock>{});
   } else {

@@ -5,7 +5,9 @@
 #include <vector>
 
 #include "common/dynamic_quantize_per_token_schema.h"
+#include "common/fused_quantize_schema.h"
 #include "common/w4a8_matmul_schema.h"
+#include "common/w8a8_matmul_schema.h"
 #include "cuda/kernels.h"
 
 namespace fptq::cuda {
@@ -40,8 +42,17 @@ auto NamingNode(const NodeLocation& location, Body&& body) {
   }
 }
 
-template <ONNXTensorElementDataType kType>
-class W4A8MatMulKernel {
+std::unique_ptr<PackedWeights> Pack(const W4A8MatMulNode& node, DataType type) {
+  return PackedWeights::Pack(node.b, node.b_scale, type, node.k, node.n, node.block_size,
+                             static_cast<int>(node.scale_max_multiple), nullptr);
+}
+std::unique_ptr<PackedWeights> Pack(const W8A8MatMulNode& node, DataType type) {
+  return PackedWeights::PackInt8(node.b, node.b_scale, type, node.k, node.n, nullptr);
+}
+
+/// W4A8MatMul or W8A8MatMul.
+template <class Node, ONNXTensorElementDataType kType>
+class MatMulKernel {
  public:
   static constexpr const char* kProvider = kCudaProvider;
 
@@ -50,11 +61,10 @@ class W4A8MatMulKernel {
     return index == kInputB || index == kInputBScale ? OrtMemTypeCPUInput : OrtMemTypeDefault;
   }
 
-  explicit W4A8MatMulKernel(Ort::ConstKernelInfo info) : node_(W4A8MatMulNode::Read(info)) {
+  explicit MatMulKernel(Ort::ConstKernelInfo info) : node_(Node::Read(info)) {
     NamingNode(node_.location, [&] {
       const DeviceGuard guard(DeviceOf(info));
-      weights_ = PackedWeights::Pack(node_.b, node_.b_scale, TypeOf(kType), node_.k, node_.n, node_.block_size,
-                                     static_cast<int>(node_.scale_max_multiple), nullptr);
+      weights_ = Pack(node_, TypeOf(kType));
     });
     node_.b = nullptr;
     node_.b_scale = nullptr;
@@ -83,7 +93,7 @@ class W4A8MatMulKernel {
   }
 
  private:
-  W4A8MatMulNode node_;
+  Node node_;
   std::unique_ptr<PackedWeights> weights_;
 };
 
@@ -116,10 +126,62 @@ class DynamicQuantizePerTokenKernel {
   int device_;
 };
 
+/// One of the steps that end in uint8 activations.
+template <const FusedStep& kStep, ONNXTensorElementDataType kType>
+class FusedQuantizeKernel {
+ public:
+  static constexpr const char* kProvider = kCudaProvider;
+  static OrtMemType InputMemoryType(size_t) { return OrtMemTypeDefault; }
+
+  explicit FusedQuantizeKernel(Ort::ConstKernelInfo info)
+      : node_(FusedQuantizeNode::Read(kStep, info)), device_(DeviceOf(info)) {}
+
+  void Compute(Ort::KernelContext context) {
+    const FusedQuantizeShapes shapes = FusedQuantizeShapes::Check(kStep, node_.location, context);
+    FusedCall call;
+    call.rows = shapes.rows;
+    call.k = shapes.k;
+    call.epsilon = node_.epsilon;
+    call.x = context.GetInput(0).GetTensorRawData();
+    if constexpr (kStep.norm) call.weight = context.GetInput(kStep.weight_input()).GetTensorRawData();
+    if constexpr (kStep.skip || !kStep.norm) call.other = context.GetInput(1).GetTensorRawData();
+    if constexpr (kStep.skip) {
+      call.sum = context.GetOutput(kStep.sum_output(), shapes.shape).GetTensorMutableRawData();
+    }
+    call.y = context.GetOutput(0, shapes.shape).GetTensorMutableData<uint8_t>();
+    if constexpr (kStep.dynamic) {
+      call.scale = context.GetOutput(1, shapes.scale_shape).template GetTensorMutableData<float>();
+    } else {
+      call.static_scale = context.GetInput(kStep.scale_input()).template GetTensorData<float>();
+      call.zero_point = context.GetInput(kStep.zero_point_input()).template GetTensorData<uint8_t>();
+    }
+    NamingNode(node_.location, [&] {
+      const DeviceGuard guard(device_);
+      LaunchFusedQuantize(Device::Current(), TypeOf(kType), call, StreamOf(context));
+    });
+  }
+
+ private:
+  FusedQuantizeNode node_;
+  int device_;
+};
+
+template <const FusedStep& kStep, ONNXTensorElementDataType kType>
+void AddFused(OpRegistry& registry) {
+  registry.Add<FusedQuantizeOp<kStep, FusedQuantizeKernel<kStep, kType>, kType>>();
+}
+
 template <ONNXTensorElementDataType kType>
 void AddType(OpRegistry& registry) {
-  registry.Add<W4A8MatMulOp<W4A8MatMulKernel<kType>, kType>>();
+  registry.Add<W4A8MatMulOp<MatMulKernel<W4A8MatMulNode, kType>, kType>>();
+  registry.Add<W8A8MatMulOp<MatMulKernel<W8A8MatMulNode, kType>, kType>>();
   registry.Add<DynamicQuantizePerTokenOp<DynamicQuantizePerTokenKernel<kType>, kType>>();
+  AddFused<kRmsNormQuantize, kType>(registry);
+  AddFused<kRmsNormDynamicQuantize, kType>(registry);
+  AddFused<kSkipRmsNormQuantize, kType>(registry);
+  AddFused<kSkipRmsNormDynamicQuantize, kType>(registry);
+  AddFused<kSiluMulQuantize, kType>(registry);
+  AddFused<kSiluMulDynamicQuantize, kType>(registry);
 }
 
 }  // namespace

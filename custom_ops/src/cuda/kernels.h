@@ -82,6 +82,9 @@ class PackedWeights {
   /// Synchronises `stream`. Throws CudaError.
   static std::unique_ptr<PackedWeights> Pack(const void* b, const void* b_scale, DataType type, int64_t k, int64_t n,
                                              int64_t block_size, int scale_max_multiple, Stream stream);
+  /// The same for int8 weights b [k, n] with one scale T [n] per channel (W8A8).
+  static std::unique_ptr<PackedWeights> PackInt8(const int8_t* b, const void* b_scale, DataType type, int64_t k,
+                                                 int64_t n, Stream stream);
   ~PackedWeights();
   PackedWeights(const PackedWeights&) = delete;
   PackedWeights& operator=(const PackedWeights&) = delete;
@@ -133,6 +136,22 @@ void LaunchDynamicQuantize(const Device& device, DataType type, const void* x, i
 /// ONNX QuantizeLinear with one scale: x T [count] -> q uint8 [count].
 void LaunchStaticQuantize(const Device& device, DataType type, const void* x, int64_t count, const float* scale,
                           const uint8_t* zero_point, uint8_t* q, Stream stream);
+
+/// Operands of the steps that end in uint8 activations (fused_quantize_schema.h); device memory.
+struct FusedCall {
+  const void* x = nullptr;       ///< T [rows, k]: X, or gate
+  const void* other = nullptr;   ///< T [rows, k]: skip (or null), or up
+  const void* weight = nullptr;  ///< T [k] of a norm; null for SiLU
+  void* sum = nullptr;           ///< T [rows, k]: X + skip, where there is a skip
+  float epsilon = 0.0f;
+  int64_t rows = 0;
+  int64_t k = 0;
+  uint8_t* y = nullptr;                 ///< [rows, k]
+  float* scale = nullptr;               ///< [rows]; null for static quantization
+  const float* static_scale = nullptr;  ///< [1]
+  const uint8_t* zero_point = nullptr;  ///< [1], static
+};
+void LaunchFusedQuantize(const Device& device, DataType type, const FusedCall& call, Stream stream);
 
 /// Ceilings for benchmarks, see kernels_c_api.h.
 void LaunchReadBenchmark(const Device& device, const void* data, int64_t bytes, void* sink, Stream stream);

@@ -11,7 +11,8 @@ namespace fptq::cuda {
 template <class T, Promotion kPromotion, int kTokens, int kStrips>
 class MmaSums {
   static constexpr int kFragments = kTokens / 8;
-  static constexpr bool kFloat = kPromotion != Promotion::kInteger;
+  static constexpr bool kFloat = HasFloatScales(kPromotion);
+  static constexpr bool kInt8 = kPromotion == Promotion::kInt8;
   using ScalePair = typename Numeric<T>::Pair;
 
  public:
@@ -34,7 +35,7 @@ class MmaSums {
     uint32_t b[kHeld][kFragments][4];
     const auto load = [&](int half) {
 #pragma unroll
-      for (int s = 0; s < kStrips; ++s) {
+      for (int s = 0; s < kStrips && !kInt8; ++s) {
         words[s][half % kHeld] = ptx::LoadShared<uint4>(weights + s * strip_stride + word_offset_ + half * kHalfBytes);
       }
 #pragma unroll
@@ -49,7 +50,7 @@ class MmaSums {
 #pragma unroll
     for (int s = 0; s < kStrips; ++s) {
       const uint32_t at = weights + s * strip_stride + scale_offset_;
-      if constexpr (!kFloat) multipliers[s] = packing::Spread(ptx::LoadShared<uint32_t>(at));
+      if constexpr (kPromotion == Promotion::kInteger) multipliers[s] = packing::Spread(ptx::LoadShared<uint32_t>(at));
       if constexpr (kPromotion == Promotion::kBlock) scales[s] = ptx::LoadShared<ScalePair>(at);
     }
 #pragma unroll
@@ -65,7 +66,10 @@ class MmaSums {
           const uint32_t odd = in_half == 0 ? four.y : four.w;
           const uint32_t at = weights + s * strip_stride + scale_offset_;
           packing::Fragment fragment;
-          if constexpr (kFloat) {
+          if constexpr (kInt8) {
+            fragment = ptx::LoadShared<packing::Fragment>(weights + s * strip_stride + word_offset_ +
+                                                          step * (packing::kInt8BlockBytes / kStepsPerBlock));
+          } else if constexpr (kFloat) {
             fragment = packing::UnpackFloat(even, odd);
           } else {
             if (step > 0 && layout.promotion_k != kBlockK) {

@@ -100,6 +100,28 @@ __global__ void SumIntegerColumns(packing::Layout layout, const uint8_t* b, cons
   column_sum[n] = sum;
 }
 
+__global__ void PackInt8Blocks(packing::Layout layout, const int8_t* b, uint8_t* blocks) {
+  constexpr int kWords = packing::kInt8BlockBytes / 4;
+  const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  const int64_t block = index / kWords;
+  if (block >= layout.strips * layout.k_blocks) return;
+  const int word = static_cast<int>(index % kWords);
+  reinterpret_cast<uint32_t*>(blocks + block * layout.block_stride)[word] =
+      packing::PackInt8Word(layout, b, block / layout.k_blocks, block % layout.k_blocks, word);
+}
+
+/// Per channel sum_k b and its scale as float32; zero beyond the last channel.
+template <class T>
+__global__ void PackInt8Columns(packing::Layout layout, const int8_t* b, const T* scales, float* column_base,
+                                int32_t* column_sum) {
+  const int64_t n = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (n >= layout.strips * kStripN) return;
+  int sum = 0;
+  for (int64_t k = 0; n < layout.n && k < layout.k; ++k) sum += b[k * layout.n + n];
+  column_sum[n] = sum;
+  column_base[n] = n < layout.n ? Numeric<T>::ToFloat(scales[n]) : 0.0f;
+}
+
 template <class T>
 float HostFloat(T x) {
   return static_cast<float>(x);
@@ -187,6 +209,39 @@ std::unique_ptr<PackedWeights> PackedWeights::Pack(const void* b, const void* b_
     }
     Check(cudaStreamSynchronize(stream), "packing weights");
   }
+  Check(cudaGetLastError(), "packing weights");
+  return packed;
+}
+
+std::unique_ptr<PackedWeights> PackedWeights::PackInt8(const int8_t* b, const void* b_scale, DataType type, int64_t k,
+                                                       int64_t n, Stream stream) {
+  std::unique_ptr<PackedWeights> packed(new PackedWeights(Device::Current()));
+  WeightView& view = packed->view_;
+  view.type = type;
+  view.encoding = Encoding::kInt8;
+  view.layout = packing::Layout::OfInt8(k, n);
+  const packing::Layout& layout = view.layout;
+  const int64_t channels = layout.strips * kStripN;
+  const int64_t base_at = Align(layout.WeightBytes());
+  const int64_t sum_at = base_at + Align(channels * 4);
+  packed->bytes_ = sum_at + Align(channels * 4);
+  Check(cudaMalloc(&packed->memory_, static_cast<size_t>(packed->bytes_)), "cudaMalloc for packed weights");
+  uint8_t* memory = static_cast<uint8_t*>(packed->memory_);
+  float* column_base = reinterpret_cast<float*>(memory + base_at);
+  int32_t* column_sum = reinterpret_cast<int32_t*>(memory + sum_at);
+  view.blocks = memory;
+  view.column_base = column_base;
+  view.column_sum = column_sum;
+  const Temporary source(b, k * n, stream);
+  const Temporary scales(b_scale, n * (type == DataType::kFloat32 ? 4 : 2), stream);
+  PackInt8Blocks<<<Blocks(layout.strips * layout.k_blocks * (packing::kInt8BlockBytes / 4)), kThreads, 0, stream>>>(
+      layout, source.As<int8_t>(), memory);
+  ForType(type, [&](auto zero) {
+    using T = decltype(zero);
+    PackInt8Columns<T><<<Blocks(channels), kThreads, 0, stream>>>(layout, source.As<int8_t>(), scales.As<T>(),
+                                                                  column_base, column_sum);
+  });
+  Check(cudaStreamSynchronize(stream), "packing weights");
   Check(cudaGetLastError(), "packing weights");
   return packed;
 }

@@ -130,7 +130,7 @@ class Consumer {
   static constexpr int kHalfTokens = 64;
   static constexpr int kHalves = kTokens / kHalfTokens;
   static constexpr int kHalfSums = kHalfTokens / 2;
-  static constexpr bool kInteger = kPromotion == Promotion::kInteger;
+  static constexpr bool kInteger = !HasFloatScales(kPromotion);
   static constexpr bool kTwoSets = !kInteger && Shape::kConsumers == 2;
   static constexpr Encoding kEncoding = EncodingOf(kPromotion);
 
@@ -292,7 +292,13 @@ class Consumer {
   template <int kSet>
   __device__ __forceinline__ void Unpack(int strip) {
     packing::Fragment(&fragments)[kStepsPerBlock] = fragments_[kSet];
-    if constexpr (kInteger) {
+    if constexpr (kPromotion == Promotion::kInt8) {
+#pragma unroll
+      for (int step = 0; step < kStepsPerBlock; ++step) {
+        fragments[step] = ptx::LoadShared<packing::Fragment>(
+            Block(strip) + step * (packing::kInt8BlockBytes / kStepsPerBlock) + thread_ * 16);
+      }
+    } else if constexpr (kInteger) {
       const packing::Layout& layout = cta_.args.weights.layout;
       packing::SpreadScales scales = packing::Spread(Scales<uint32_t>(strip, 0));
       uint4 words;
@@ -491,7 +497,7 @@ void LaunchTile(const Device& device, const MatMulArguments& args, const Plan& p
   if constexpr (kPromotion == Promotion::kInteger) {
     if (is(128, 192)) return launch(WarpgroupShape<128, 1, 3>{});
   }
-  if constexpr (kPromotion != Promotion::kStep) {
+  if constexpr (kPromotion == Promotion::kBlock || kPromotion == Promotion::kInteger) {
     if (is(128, 256)) return launch(WarpgroupShape<128, 2, 2>{});
   }
   throw CudaError("the warpgroup kernel has no tile of " + std::to_string(plan.config.tile_m) + " tokens x " +

@@ -404,6 +404,40 @@ void TestWarpgroupPlan() {
   }
 }
 
+/// Blocks of int8 weights: every value once, at the place where the tensor cores' fragment map wants it.
+void TestInt8Packing() {
+  std::set<int> seen;
+  for (int word = 0; word < kInt8BlockBytes / 4; ++word) {
+    const Int8WordOrigin origin = OriginOfInt8Word(word);
+    const int step = word / 512;
+    const int thread = word / 4 % kGroupThreads;
+    const int r = word % 4;  // a0, a2: row; a1, a3: row + 8, the next channel; a2, a3: 16 rows of K on
+    EXPECT(origin.channel == ThreadChannel(thread) + r % 2, "word %d", word);
+    EXPECT(origin.k == step * kStepK + thread % 4 * 4 + r / 2 * 16, "word %d", word);
+    for (int byte = 0; byte < 4; ++byte) seen.insert(origin.channel * kBlockK + origin.k + byte);
+  }
+  EXPECT(seen.size() == kStripN * kBlockK, "values are placed %zu times", seen.size());
+  const Layout layout = Layout::OfInt8(200, 70);
+  EXPECT(layout.strips == 2 && layout.k_blocks == 2 && layout.WeightBytes() == 4 * kInt8BlockBytes, "sizes");
+  std::vector<int8_t> b(200 * 70);
+  for (size_t i = 0; i < b.size(); ++i) b[i] = static_cast<int8_t>(i * 37 % 251 - 125);
+  for (int strip = 0; strip < 2; ++strip) {
+    for (int block = 0; block < 2; ++block) {
+      for (int word = 0; word < kInt8BlockBytes / 4; ++word) {
+        const Int8WordOrigin origin = OriginOfInt8Word(word);
+        const uint32_t packed = PackInt8Word(layout, b.data(), strip, block, word);
+        for (int byte = 0; byte < 4; ++byte) {
+          const int64_t n = strip * kStripN + origin.channel;
+          const int64_t k = block * kBlockK + origin.k + byte;
+          const int expected = n < 70 && k < 200 ? b[static_cast<size_t>(k * 70 + n)] : 0;
+          EXPECT(static_cast<int8_t>(packed >> (8 * byte)) == expected, "strip %d block %d word %d", strip, block,
+                 word);
+        }
+      }
+    }
+  }
+}
+
 void TestIntegerScales() {
   std::mt19937 random(3);
   for (int trial = 0; trial < 200; ++trial) {
@@ -445,6 +479,7 @@ int main() {
   TestTileOrder();
   TestStreamPlan();
   TestWarpgroupPlan();
+  TestInt8Packing();
   TestIntegerScales();
   if (failures == 0) std::printf("all passed\n");
   return failures == 0 ? 0 : 1;

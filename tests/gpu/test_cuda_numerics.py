@@ -123,7 +123,8 @@ def test_quantizing_special_rows(library, generator, dtype):
     expected_a, expected_scale = quantize_per_token(x[good])
     assert torch.equal(made["a_scale"][good], expected_scale)
     assert torch.equal(made["A"][good], expected_a)
-    assert made["Y"][0].abs().max() == 0
+    # A row of zeros has scale 1, and is 128 times a sum of weights less the same: what is left is float32's rounding.
+    assert made["Y"][0].abs().max() <= 1e-4
     for bad in (3, 4):
         assert made["a_scale"][bad].isnan()
         assert (made["A"][bad] == ZERO_POINT).all()

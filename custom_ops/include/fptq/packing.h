@@ -198,6 +198,15 @@ FPTQ_HD Fragment UnpackFloat(uint32_t even, uint32_t odd) {
 }
 inline constexpr float kFloatEncodingScale = 1.0f / 16;
 
+/// Values 16 * (digit - 8) of the integer encoding; with multipliers i >= 0 that is 16 * q, to be multiplied by i / 16
+/// once per group of rows instead of once per value.
+FPTQ_HD Fragment UnpackDigits(uint32_t even, uint32_t odd) {
+  constexpr uint32_t kHigh = 0xF0F0F0F0u;
+  constexpr uint32_t kSign = 0x80808080u;
+  return {{((even << 4) & kHigh) ^ kSign, ((odd << 4) & kHigh) ^ kSign, (even & kHigh) ^ kSign, (odd & kHigh) ^ kSign}};
+}
+inline constexpr int kDigitShift = 4;
+
 /// The multipliers of the two channels of a thread, spread for UnpackInteger.
 struct SpreadScales {
   uint32_t magnitude[2];

@@ -12,15 +12,18 @@ template <class T, Promotion kPromotion, int kTokens, int kStrips>
 class MmaSums {
   static constexpr int kFragments = kTokens / 8;
   static constexpr bool kFloat = HasFloatScales(kPromotion);
-  static constexpr bool kInt8 = kPromotion == Promotion::kInt8;
-  using ScalePair = typename Numeric<T>::Pair;
+  static constexpr bool kInt8 = kPromotion == Promotion::kInt8;  // nothing to scale until the end
+  static constexpr bool kWholeBlocks = kPromotion == Promotion::kBlock;
+  using Sum = std::conditional_t<kFloat, float, int>;
+  // Of a thread's two channels: scales, or two IntegerScale.
+  using ScalePair = std::conditional_t<kFloat, typename Numeric<T>::Pair, uint32_t>;
 
  public:
   __device__ MmaSums() {
     const int thread = threadIdx.x % kGroupThreads;
     const int lane = threadIdx.x % 32;
     word_offset_ = thread * 16;
-    scale_offset_ = kBlockBytes + packing::ThreadChannel(thread) * (kFloat ? sizeof(T) : 2);
+    scale_offset_ = kBlockBytes + packing::ThreadChannel(thread) * kScaleBytes;
     tile_offset_[0] = packing::SwizzledOffset(lane % 8, lane / 8);
     tile_offset_[1] = packing::SwizzledOffset(lane % 8, 4 + lane / 8);
   }
@@ -43,15 +46,12 @@ class MmaSums {
         ptx::LoadMatrices(b[half % kHeld][j], tile + tile_offset_[half] + j * 8 * kBlockK);
       }
     };
-    packing::SpreadScales multipliers[kStrips];
     ScalePair scales[kStrips];
     load(0);
     if constexpr (kHeld == 2) load(1);
 #pragma unroll
     for (int s = 0; s < kStrips; ++s) {
-      const uint32_t at = weights + s * strip_stride + scale_offset_;
-      if constexpr (kPromotion == Promotion::kInteger) multipliers[s] = packing::Spread(ptx::LoadShared<uint32_t>(at));
-      if constexpr (kPromotion == Promotion::kBlock) scales[s] = ptx::LoadShared<ScalePair>(at);
+      if constexpr (kWholeBlocks) scales[s] = ptx::LoadShared<ScalePair>(weights + s * strip_stride + scale_offset_);
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -72,27 +72,23 @@ class MmaSums {
           } else if constexpr (kFloat) {
             fragment = packing::UnpackFloat(even, odd);
           } else {
-            if (step > 0 && layout.promotion_k != kBlockK) {
-              multipliers[s] =
-                  packing::Spread(ptx::LoadShared<uint32_t>(at + layout.ScaleRowOfStep(step) * kStripN * 2));
-            }
-            fragment = packing::UnpackInteger(even, odd, multipliers[s]);
+            fragment = packing::UnpackDigits(even, odd);
           }
 #pragma unroll
           for (int j = 0; j < kFragments; ++j) {
             const uint32_t (&tokens)[4] = b[half % kHeld][j];
-            if (kPromotion == Promotion::kBlock && step == 0) {
+            if (!kInt8 && step == 0) {
               ptx::MmaSet(partial_[s][j], fragment.a, tokens[2 * in_half], tokens[2 * in_half + 1]);
             } else {
               ptx::MmaAdd(partial_[s][j], fragment.a, tokens[2 * in_half], tokens[2 * in_half + 1]);
             }
           }
-          if constexpr (kPromotion == Promotion::kStep) {
-            if (layout.PromotesAfterStep(step)) {
-              Promote(s, ptx::LoadShared<ScalePair>(at + layout.ScaleRowOfStep(step) * kStripN * sizeof(T)));
-            }
-          } else if constexpr (kPromotion == Promotion::kBlock) {
+          if constexpr (kWholeBlocks) {
             if (step == kStepsPerBlock - 1) Promote(s, scales[s]);
+          } else if constexpr (!kInt8) {
+            if (layout.PromotesAfterStep(step)) {
+              Promote(s, ptx::LoadShared<ScalePair>(at + layout.ScaleRowOfStep(step) * kStripN * kScaleBytes));
+            }
           }
         }
       }
@@ -107,7 +103,7 @@ class MmaSums {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           partial_[s][j][i] = 0;
-          if constexpr (kFloat) sum_[s][j][i] = 0;
+          if constexpr (!kInt8) sum_[s][j][i] = 0;
         }
       }
     }
@@ -118,28 +114,37 @@ class MmaSums {
     if constexpr (kFloat) {
       return {__float_as_uint(sum_[strip][fragment][odd]), __float_as_uint(sum_[strip][fragment][2 + odd])};
     } else {
-      return {static_cast<uint32_t>(partial_[strip][fragment][odd]),
-              static_cast<uint32_t>(partial_[strip][fragment][2 + odd])};
+      const int (&sums)[4] = kInt8 ? partial_[strip][fragment] : sum_[kInt8 ? 0 : strip][fragment];
+      return {static_cast<uint32_t>(sums[odd]), static_cast<uint32_t>(sums[2 + odd])};
     }
   }
 
  private:
+  static constexpr int kScaleBytes = kFloat ? sizeof(T) : sizeof(packing::IntegerScale);
+
+  /// Adds the sums of one group of rows times their scale. Digits: 16 times too much, which is exact to take out.
   __device__ void Promote(int strip, ScalePair scales) {
-    const float2 scale = Numeric<T>::ToFloat2(scales);
 #pragma unroll
     for (int j = 0; j < kFragments; ++j) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        float& sum = sum_[strip][j][i];
-        sum = fmaf(i < 2 ? scale.x : scale.y, static_cast<float>(partial_[strip][j][i]), sum);
-        if constexpr (kPromotion == Promotion::kStep) partial_[strip][j][i] = 0;
+        Sum& sum = sum_[strip][j][i];
+        int& partial = partial_[strip][j][i];
+        if constexpr (kFloat) {
+          const float2 scale = Numeric<T>::ToFloat2(scales);
+          sum = fmaf(i < 2 ? scale.x : scale.y, static_cast<float>(partial), sum);
+        } else {
+          const int multiplier = static_cast<int>((i < 2 ? scales : scales >> 16) & 0xFF);
+          sum += (partial >> packing::kDigitShift) * multiplier;
+        }
+        if constexpr (!kWholeBlocks) partial = 0;
       }
     }
   }
 
   uint32_t word_offset_, scale_offset_, tile_offset_[2];
   int partial_[kStrips][kFragments][4] = {};
-  float sum_[kFloat ? kStrips : 1][kFragments][4] = {};
+  Sum sum_[kInt8 ? 1 : kStrips][kFragments][4] = {};
 };
 
 }  // namespace fptq::cuda

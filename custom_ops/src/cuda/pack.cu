@@ -1,5 +1,6 @@
 // Packing of weights at session creation.
 
+#include <algorithm>
 #include <vector>
 
 #include "cuda/common.cuh"
@@ -155,8 +156,9 @@ std::unique_ptr<PackedWeights> PackedWeights::Pack(const void* b, const void* b_
   packing::IntegerScales integer;
   if (scale_max_multiple > 0 && packing::PromotionK(k, block_size) != 0 && k <= packing::kMaxIntegerK &&
       packing::FindIntegerScales(HostScales(b_scale, type, groups * n, stream), groups, n,
-                                 std::min(scale_max_multiple, packing::kMaxScaleMultiple), &integer)) {
-    view.encoding = Encoding::kInteger;
+                                 std::min(scale_max_multiple, packing::kMaxScaleMultiple), &integer) &&
+      std::all_of(integer.multiple.begin(), integer.multiple.end(), [](int8_t i) { return i >= 0; })) {
+    view.encoding = Encoding::kInteger;  // few tokens: kernels multiply digits by i per group, see UnpackDigits
   }
   const bool is_integer = view.encoding == Encoding::kInteger;
   view.layout =

@@ -138,6 +138,13 @@ void TestUnpacking() {
     }
   }
   for (uint32_t word : {0x01234567u, 0x89ABCDEFu, 0xFFFFFFFFu, 0x80808080u, 0x77777777u}) {
+    const Fragment digits = UnpackDigits(word, ~word);
+    for (int nibble = 0; nibble < 8; ++nibble) {  // 16 (digit - 8), which is 16 q for multipliers that are not negative
+      const int digit = static_cast<int>(word >> (4 * nibble) & 0xF);
+      EXPECT(Byte(digits.a[nibble % 2 * 2], nibble / 2) == 16 * (digit - 8), "digit %d of %x", nibble, word);
+      EXPECT(Byte(digits.a[1 + nibble % 2 * 2], nibble / 2) == 16 * (7 - digit), "digit %d of ~%x", nibble, word);
+      EXPECT(IntegerScale::Digit(digit - 8, 3) == static_cast<uint32_t>(digit), "digit %d", digit);
+    }
     const Fragment fragment = UnpackFloat(word, ~word);
     for (int nibble = 0; nibble < 8; ++nibble) {
       const int q = static_cast<int>((word >> (4 * nibble) & 0xF) ^ 8) - 8;

@@ -82,7 +82,7 @@ def convert(
         Path | None, typer.Option("--plan", help="Edited plan from --dry-run to carry out.", show_default=False)
     ] = None,
     fuse: Annotated[
-        bool, typer.Option("--fuse", help="One op for a norm or SiLU and the quantization behind it: faster, CPU only.")
+        bool, typer.Option("--fuse", help="One op for a norm or SiLU and the quantization behind it: faster.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Calibrate, write OUTPUT's .plan.json and stop.")] = False,
     verify_tokens: Annotated[

@@ -146,6 +146,7 @@ def convert(
     with watch.stage("load"):
         graph = _Graph.load(source)
         used = source_files(graph.model)
+        refuse_overwriting((target, Path(f"{target}.data")), used)
         rotation = rotate(graph.model, settings)
         if rotation:
             graph = _Graph.find(graph.model, source)
@@ -215,7 +216,6 @@ def convert(
             graph.model.metadata_props[RECIPE_KEY] = json.dumps(settings.resolved())
             complete_layers(report, graph.model, applied, quantized.methods, decisions)
             report.segment_seconds = data.seconds
-        refuse_overwriting((target, Path(f"{target}.data")), source_files(graph.model))
         with staged(target) as staging:
             with watch.stage("save"):
                 report.bytes_after = stored_bytes(graph.model)

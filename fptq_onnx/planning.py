@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -30,12 +30,12 @@ class GroupDecision:
 
     group: ActivationGroup
     decision: Decision
+    name: str = field(init=False)  # kept: the value loses its name when a rewritten one takes its place
 
-    @property
-    def name(self) -> str:
-        """Name of the activation's value."""
+    def __post_init__(self) -> None:
+        """Take down the name of the activation's value."""
         assert self.group.activation.name is not None
-        return self.group.activation.name
+        object.__setattr__(self, "name", self.group.activation.name)
 
 
 def observed_groups(

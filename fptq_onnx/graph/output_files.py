@@ -61,7 +61,13 @@ def staged(target: pathlib.Path) -> Iterator[Staging]:
         if stat.S_ISDIR(target.stat().st_mode):
             raise ModelError(str(target), "the output path is a folder", "give the name of a file in it")
     with scratch_folder(target) as folder:
-        yield Staging(folder, target)
+        try:
+            yield Staging(folder, target)
+        except ModelError as error:
+            hidden = f"{folder.name}{os.sep}"  # the user knows the place it was for
+            if hidden not in str(error):
+                raise
+            raise ModelError(error.where.replace(hidden, ""), error.reason.replace(hidden, ""), error.fix) from error
 
 
 @contextlib.contextmanager

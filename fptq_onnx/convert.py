@@ -259,7 +259,8 @@ def convert(
                 provider=provider,
                 threads=threads,
                 max_memory=max_memory,
-                work_dir=work_dir,
+                # The first round's is done with; this round's has to be found again by the same command.
+                work_dir=None if work_dir is None else f"{os.fspath(work_dir)}.fall-back-{settings.fallback.rounds}",
                 stop=stop,
                 progress=progress,
             )

@@ -98,6 +98,28 @@ def _digests_of_files(folder: Path) -> dict[str, str]:
     return {path.name: "" for path in folder.iterdir() if path.is_file()}
 
 
+def test_default_recipe_stopped_once_in_each_stage(tmp_path: Path) -> None:
+    """Rotations, samples of activations, an int8 head: all of it is found again."""
+    recipe = Recipe.load("balanced", {key: value for key, value in OVERRIDES.items() if "static" not in key})
+    for name, moments in (("a", ()), ("b", (3, 8))):
+        (tmp_path / name).mkdir()
+        asked = 0
+
+        def stop(moments: tuple[int, ...] = moments) -> bool:
+            nonlocal asked
+            asked += 1
+            return asked in moments
+
+        stops = 0
+        for _ in range(len(moments) + 1):
+            try:
+                _convert(tmp_path / name, recipe=recipe, work_dir=tmp_path / name / "work", stop=stop)
+            except StoppedError:
+                stops += 1
+        assert stops == len(moments)
+    assert _digests(tmp_path / "a") == _digests(tmp_path / "b")
+
+
 def test_killed_at_any_moment(tmp_path: Path, undisturbed: dict[str, str]) -> None:
     rng, span = random.Random(7), 3.0
     for number in range(KILLS):

@@ -60,6 +60,19 @@ FPTQ_HD constexpr Encoding EncodingOf(Promotion promotion) {
   return HasFloatScales(promotion) ? Encoding::kFloat : Encoding::kInteger;
 }
 
+/// Position in a ring of stages: the stage, and the parity of its barriers' lap.
+struct RingPosition {
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ void Advance(int stages) {
+    if (++stage == stages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
 /// The map of A [m, k] for tiles of `rows` rows x 128 bytes, swizzled. Encoded on the host, passed by value.
 CUtensorMap ActivationMap(const Device& device, const MatMulCall& call, int64_t k, int rows);
 

@@ -73,19 +73,6 @@ class StreamCta {
   uint64_t* activations;
 };
 
-/// Position in a ring: lap parity and stage.
-struct RingPosition {
-  int stage = 0;
-  uint32_t parity = 0;
-
-  __device__ void Advance(int depth) {
-    if (++stage == depth) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 /// One thread per group. Weights are constants: they are asked for before the kernels ahead have finished.
 template <int kTokens>
 __device__ __forceinline__ void Produce(const StreamCta<kTokens>& cta, int group) {

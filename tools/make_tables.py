@@ -71,34 +71,50 @@ def _models(record: Record) -> str:
 
 
 CPU_PEERS = ("MatMul f32", "MatMulNBits b128", "DynamicQuantizeMatMul")
+CPU_ROWS = (1, 8, 64, 512)  # records have more
 
 
-def _cpu(record: Record) -> str:
+def _cpu_kernels(record: Record) -> str:
     """Time of each peer over ours, for both kinds of scales: above 1 means that ours is faster."""
     cells = []
     for row in record["rows"]:
+        if row["rows"] not in CPU_ROWS:
+            continue
         times = {name: figures["median_ms"] for name, figures in row["times"].items()}
         ratios = [
             " / ".join(f"{times[peer] / times[ours]:.2f}" for ours in ("fptq", "fptq structured")) for peer in CPU_PEERS
         ]
-        cells.append([f"{row['k']}x{row['n']}", str(row["rows"]), f"{times['fptq']:.3f}", *ratios])
-    heads = ["layer", "M", "W4A8, ms", *(f"x faster than {peer}" for peer in CPU_PEERS)]
-    threads = record["rows"][0]["threads"]
-    what = f"One product, activation quantization included, {threads} thread{'s' if threads > 1 else ''}"
-    return f"{what}; ratios for float scales / integer-structured scales.\n\n{markdown_table(heads, cells)}"
+        own = f"{times['fptq']:.3f} / {times['fptq structured']:.3f}"
+        cells.append([f"{row['k']}x{row['n']}", str(row["rows"]), str(row["threads"]), own, *ratios])
+    heads = ["layer", "M", "threads", "W4A8, ms", *(f"x faster than {peer}" for peer in CPU_PEERS)]
+    what = "One product, activation quantization included; float scales / integer-structured scales."
+    return f"{what}\n\n{markdown_table(heads, cells)}"
 
 
-def _draw_cpu(records: Sequence[Record]) -> str:
-    """One table for each processor that a record of the kind `cpu-kernels` exists for, from the newest."""
-    newest = {record["machine"]["cpu"]: record for record in records if record["kind"] == "cpu-kernels"}
+def _cpu_models(record: Record) -> str:
+    names = list(record["rows"][0]["tokens_per_s"])
+    cells = [
+        [row["phase"], str(row["threads"]), *(f"{row['tokens_per_s'][name]:.0f}" for name in names)]
+        for row in record["rows"]
+    ]
+    return f"Tokens per second, all logits.\n\n{markdown_table(['', 'threads', *names], cells)}"
+
+
+CPU_TABLES: dict[str, Callable[[Record], str]] = {"cpu-kernels": _cpu_kernels, "cpu-models": _cpu_models}
+
+
+def _draw_cpu(name: str, records: Sequence[Record]) -> str:
+    """One table for each processor that a record of the kind exists for, from the newest."""
+    newest = {record["machine"]["cpu"]: record for record in records if record["kind"] == name}
     if not newest:
-        raise KeyError(f"no record of kind 'cpu-kernels' in {RECORDS_DIRECTORY.name}/")
+        raise KeyError(f"no record of kind '{name}' in {RECORDS_DIRECTORY.name}/")
     parts = []
     for cpu, record in newest.items():
         vectors = ", ".join(record["machine"]["vector_sets"])
         parts.append(
-            f"{_cpu(record)}\n\n{cpu} ({vectors}), onnxruntime {record['machine']['versions']['onnxruntime']}, "
-            f"{record['created'][:10]} ([record](tools/records/{record['file']}))\n"
+            f"{CPU_TABLES[name](record)}\n\n{cpu} ({vectors}), onnxruntime "
+            f"{record['machine']['versions']['onnxruntime']}, {record['created'][:10]} "
+            f"([record](tools/records/{record['file']}))\n"
         )
     return "\n".join(parts)
 
@@ -168,8 +184,8 @@ def draw(name: str, records: Sequence[Record]) -> str:
     Raises:
         KeyError: There is no such table or no such record; the message says which.
     """
-    if name == "cpu-kernels":
-        return _draw_cpu(records)
+    if name in CPU_TABLES:
+        return _draw_cpu(name, records)
     if name.startswith("ablation-"):
         return _draw_ablation(name, records)
     if name not in TABLES:

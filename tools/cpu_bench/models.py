@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 from rich.console import Console
 from rich.table import Table
 
+from cpu_bench.decoder_file import head_size
+from cpu_bench.peers import OPENVINO, OpenVinoDecoder, missing_package
 from cpu_bench.records import write_record
 from cpu_bench.timing import measure
 from cpu_bench.variants import VARIANTS, write_variant
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--variants", type=lambda text: text.split(","), default=DEFAULT, help=f"of {', '.join(VARIANTS)}"
     )
+    parser.add_argument("--openvino", action="store_true", help="also OpenVINO, where it is installed")
     parser.add_argument("--folder", type=Path, help="where the variants are kept (default: nowhere)")
     parser.add_argument("--prefill", type=int, default=512, help="tokens of the prompt (default %(default)s)")
     parser.add_argument("--past", type=int, default=512, help="cached tokens when decoding (default %(default)s)")
@@ -66,7 +68,7 @@ class GenaiDecoder:
             options.enable_profiling, options.profile_file_prefix = True, profile
         self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self._cache = {}
-        head = _head_size(path)
+        head = head_size(path)
         for value in self.session.get_inputs():
             if value.name.startswith("past_key_values"):
                 shape = (1, value.shape[1], capacity, head)
@@ -92,12 +94,6 @@ class GenaiDecoder:
         return once
 
 
-def _head_size(path: Path) -> int:
-    """Channels of an attention head: twice the width of the builder's table of rotary cosines."""
-    tensors = {tensor.name: tensor.dims for tensor in onnx.load(path, load_external_data=False).graph.initializer}
-    return 2 * int(tensors["cos_cache"][1])
-
-
 def _phases(arguments: argparse.Namespace) -> dict[str, tuple[int, int]]:
     """Name -> cached tokens, new tokens."""
     return {
@@ -110,6 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure, print the table, write the record; returns the exit status."""
     console = Console(stderr=True)
     phases = _phases(arguments)
+    missing = {name: missing_package(name) for name in OPENVINO} if arguments.openvino else {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
         paths = {}
@@ -120,7 +117,11 @@ def run(arguments: argparse.Namespace) -> int:
         capacity = max(past + tokens for past, tokens in phases.values())
         rows = []
         for threads in arguments.threads:
-            decoders = {name: GenaiDecoder(path, threads, capacity) for name, path in paths.items()}
+            decoders: dict[str, GenaiDecoder | OpenVinoDecoder] = {
+                name: GenaiDecoder(path, threads, capacity) for name, path in paths.items()
+            }
+            for name in [name for name, package in missing.items() if package is None]:
+                decoders[name] = OpenVinoDecoder(name, arguments.model, threads)
             for phase, (past, tokens) in phases.items():
                 console.print(f"{phase}, {threads} threads")
                 timers = {name: decoder.timer(past, tokens) for name, decoder in decoders.items()}
@@ -138,6 +139,7 @@ def run(arguments: argparse.Namespace) -> int:
                 "rounds": arguments.rounds,
                 "weights": "rounded to nearest: these models are for timing only",
             },
+            "unavailable": {name: f"{package} is not installed" for name, package in missing.items() if package},
             "rows": rows,
         }
         if arguments.profile:

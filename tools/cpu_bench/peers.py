@@ -1,0 +1,69 @@
+"""OpenVINO on the same float decoder, where its package (PyPI `openvino`; `nncf` for int4 weights) is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cpu_bench.decoder_file import head_size
+
+__all__ = ["OPENVINO", "OpenVinoDecoder", "missing_package"]
+
+# Name -> precision of the computation, and whether the weights become int4 (groups of 128, symmetric).
+OPENVINO = {
+    "OpenVINO f32": ("f32", False),
+    "OpenVINO bf16": ("bf16", False),
+    "OpenVINO bf16, int4 weights": ("bf16", True),
+}
+
+
+def missing_package(name: str) -> str | None:
+    """Return the package that a name in `OPENVINO` needs and this environment lacks."""
+    needed = ["openvino", "nncf"] if OPENVINO[name][1] else ["openvino"]
+    return next((package for package in needed if importlib.util.find_spec(package) is None), None)
+
+
+class OpenVinoDecoder:
+    """A compiled decoder with explicit cache inputs; each run makes its present outputs anew."""
+
+    def __init__(self, name: str, path: Path, threads: int) -> None:
+        """Read, compress if asked to, and compile."""
+        import openvino
+
+        precision, int4 = OPENVINO[name]
+        core = openvino.Core()
+        model = core.read_model(path)
+        if int4:
+            import nncf
+
+            model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT4_SYM, group_size=64, ratio=1.0)
+        options = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": precision}
+        self._request = core.compile_model(model, "CPU", options).create_infer_request()
+        self._inputs = {value.get_any_name(): value.get_partial_shape() for value in model.inputs}
+        self._heads = next(int(shape[1].get_length()) for name, shape in self._inputs.items() if name.endswith(".key"))
+        self._size = head_size(path)
+
+    def timer(self, past: int, tokens: int) -> Callable[[], float]:
+        """As `GenaiDecoder.timer`."""
+        feeds: dict[str, Any] = {}
+        for name in self._inputs:
+            if name == "input_ids":
+                feeds[name] = np.random.default_rng(0).integers(0, 300, (1, tokens))
+            elif name == "attention_mask":
+                feeds[name] = np.ones((1, past + tokens), np.int64)
+            elif name == "position_ids":
+                feeds[name] = np.arange(past, past + tokens)[None]
+            else:
+                feeds[name] = np.zeros((1, self._heads, past, self._size), np.float32)
+
+        def once() -> float:
+            start = time.perf_counter()
+            self._request.infer(feeds, share_inputs=True, share_outputs=True)
+            return time.perf_counter() - start
+
+        return once

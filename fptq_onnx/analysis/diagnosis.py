@@ -128,7 +128,7 @@ def outlier_channels_hurt(evidence: Evidence) -> list[Finding]:
                 f"Channel {channel} of the input of {', '.join(labels)} is {times:.0f} times the median channel",
                 labels,
                 [
-                    f"Range {statistics.absmax:.4g}, quantized {entry.scheme}: 99 % of the values share "
+                    f"Range {statistics.absmax:.4g}, quantized {entry.scheme}: 95 % of the values share "
                     f"{layer.code_use:.0%} of the int8 codes.",
                     "Largest channels: " + ", ".join(f"{c} ({t:.0f} times the median)" for c, t in outliers) + ".",
                     f"The largest token reaches {statistics.absmax / typical:.3g} times the median token."
@@ -286,7 +286,8 @@ def too_many_per_token(evidence: Evidence) -> list[Finding]:
     cheaper = [
         point for point in evidence.study.points if point.static_share > now.static_share and point.loss <= limit
     ]
-    cheaper = [point for point in cheaper if not point.kept_float]
+    thresholds = {"activations.v0", "activations.v1"}
+    cheaper = [point for point in cheaper if point.changes.keys() <= thresholds and not point.kept_float]
     if not cheaper:
         return []
     best = max(cheaper, key=lambda point: (round(point.static_share, 3), -point.loss))

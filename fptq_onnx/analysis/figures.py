@@ -233,12 +233,12 @@ def activation_histogram(view: ActivationView) -> Drawing:
         before.set_xlabel("activation before quantization (float)")
         codes = view.codes.ravel()
         after.hist(codes, bins=np.arange(-128.5, 128.5, 2), color=_COOL, log=True, histtype="stepfilled")
-        used = float(np.quantile(np.abs(codes), 0.99))
+        used = float(np.quantile(np.abs(codes), 0.95))
         after.axvspan(-used, used, color=_GOOD, alpha=0.16, linewidth=0)
         after.text(
             0.02,
             0.97,
-            f"99 % of values\nin \u00b1{used:.0f} of \u00b1127",
+            f"95 % of values\nin \u00b1{used:.0f} of \u00b1127",
             va="top",
             transform=after.transAxes,
             fontsize=9.5,
@@ -278,8 +278,9 @@ def channel_heatmap(maxima: Mapping[str, Sequence[Array]]) -> Drawing:
                 extent=(0, 100, len(image) - 0.5, -0.5),
             )  # fmt: skip
             axes.set_title(kind, color=_INK)
-            axes.set_xlabel("channels, smallest to largest (%)")
+            axes.set_xlabel("channels by size (%)")
             axes.set_ylabel("block (depth)")
+            axes.yaxis.get_major_locator().set_params(integer=True)
             axes.tick_params(length=0)
         if mesh is not None:
             bar = figure.colorbar(

@@ -61,7 +61,7 @@ class Inspection:
             (one attention sink has more energy than all other tokens together, and would hide their noise).
         activation_snr_db: With int8 activations alone.
         weight_snr_db: With int4 weights alone.
-        code_use: Share of the 255 int8 codes that hold 99 % of the values (1: the range is used, 0.05: wasted).
+        code_use: Share of the 255 int8 codes that hold 95 % of the values (1: the range is used, 0.05: wasted).
         weight_peak: Largest |W| over the root mean square of W (3 to 6 for Gaussian weights).
     """
 
@@ -131,4 +131,4 @@ def _token_snr_db(output: Float32, approximation: Float32) -> float:
 
 
 def _code_use(codes: npt.NDArray[np.int16]) -> float:
-    return float(np.quantile(np.abs(codes), 0.99)) / 127
+    return float(np.quantile(np.abs(codes), 0.95)) / 127

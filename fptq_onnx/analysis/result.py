@@ -55,7 +55,7 @@ class LayerSensitivity:
         weight_snr_db: With int4 weights alone.
         scheme: How its activation is quantized.
         range: Calibrated range of its activation.
-        code_use: Share of the int8 codes that hold 99 % of the activation's values.
+        code_use: Share of the int8 codes that hold 95 % of the activation's values.
         weight_peak: Largest |W| over its root mean square.
         kernel: Operator that ran, with its execution provider.
     """

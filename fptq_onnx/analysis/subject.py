@@ -21,7 +21,7 @@ from fptq_onnx.graph.activation_groups import group_by_activation
 from fptq_onnx.graph.linears import LinearLayer, find_linears
 from fptq_onnx.graph.segments import Segmentation, find_segments
 from fptq_onnx.planning import GroupDecision, decide_groups, make_plan, observed_groups
-from fptq_onnx.progress import Progress
+from fptq_onnx.progress import Progress, SilentProgress
 from fptq_onnx.quantization.int4 import QuantizedWeight
 from fptq_onnx.quantization.int8 import Int8Weight
 from fptq_onnx.quantization.plan import LayerPlan, Plan
@@ -167,7 +167,9 @@ class Subject:
                 self.applied,
                 recipe,
                 calibration,
-                progress,
+                progress
+                if recipe.weights.needs_moments
+                else SilentProgress(),  # a line per studied recipe says nothing
                 reuse=partial(weights.get, choice),
             )
         self.quantization = made.layers

@@ -24,7 +24,7 @@ LABELS = {
     "Sensitivity ranking": ["loss of the layer quantized alone (nats per token)"],
     "Groups of layers": ["loss (nats per token)", "block (depth)"],
     "Activation of block.1.fc1": ["activation before quantization (float)", "int8 code after quantization", "count"],
-    "Channel maxima by depth": ["channels, smallest to largest (%)", "block (depth)", "activation units"],
+    "Channel maxima by depth": ["channels by size (%)", "block (depth)", "activation units"],
     "Threshold study": ["v1: per token from this range on", "v0: static up to this range", "loss (nats per token)"],
     "Accuracy and speed": ["speed (times the float model", "loss (nats per token)"],
 }

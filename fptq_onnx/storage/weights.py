@@ -34,9 +34,9 @@ class StoredWeights:
         """Find a block that an earlier process finished: its further arrays and notes, None if it did not."""
         if self._work is None or not self._work.has(record):
             return None
-        arrays, notes = self._work.load(record)
+        arrays, notes = self._work.load(record, "also.")
         self._index(record, notes["weights"])
-        return {key: array for key, array in arrays.items() if key.startswith("also.")}, notes["also"]
+        return arrays, notes["also"]
 
     def put(
         self,

@@ -110,14 +110,15 @@ class WorkDir:
         except (OSError, SafetensorError) as error:
             raise _unusable(target, error) from error
 
-    def load(self, name: str) -> tuple[dict[str, Array], dict[str, Any]]:
-        """Read a record back: its arrays and notes.
+    def load(self, name: str, prefix: str = "") -> tuple[dict[str, Array], dict[str, Any]]:
+        """Read a record back: its arrays, or those whose names begin with `prefix`, and notes.
 
         Raises:
             WorkDirError: It is missing or damaged.
         """
         with self._opened(name) as (file, notes, types):
-            return {key: _native(file.get_tensor(key), types.get(key)) for key in file.keys()}, notes  # noqa: SIM118
+            keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118
+            return {key: _native(file.get_tensor(key), types.get(key)) for key in keys}, notes
 
     def read(self, name: str, key: str) -> Array:
         """Read one array of a record."""

@@ -104,17 +104,25 @@ CPU_TABLES: dict[str, Callable[[Record], str]] = {"cpu-kernels": _cpu_kernels, "
 
 
 def _draw_cpu(name: str, records: Sequence[Record]) -> str:
-    """One table for each processor that a record of the kind exists for, from the newest."""
-    newest = {record["machine"]["cpu"]: record for record in records if record["kind"] == name}
+    """One table for each processor that records of the kind exist for, of the newest rows for each thread count."""
+    newest: dict[str, dict[int, Record]] = {}
+    for record in records:
+        if record["kind"] == name:
+            by_threads = newest.setdefault(record["machine"]["cpu"], {})
+            by_threads.update(dict.fromkeys((row["threads"] for row in record["rows"]), record))
     if not newest:
         raise KeyError(f"no record of kind '{name}' in {RECORDS_DIRECTORY.name}/")
     parts = []
-    for cpu, record in newest.items():
-        vectors = ", ".join(record["machine"]["vector_sets"])
+    for cpu, by_threads in newest.items():
+        rows = [row for threads, record in by_threads.items() for row in record["rows"] if row["threads"] == threads]
+        sources = {record["file"]: record for record in by_threads.values()}
+        machine = next(reversed(sources.values()))["machine"]
+        dates = ", ".join(
+            f"{record['created'][:10]} ([record](tools/records/{file}))" for file, record in sources.items()
+        )
         parts.append(
-            f"{CPU_TABLES[name](record)}\n\n{cpu} ({vectors}), onnxruntime "
-            f"{record['machine']['versions']['onnxruntime']}, {record['created'][:10]} "
-            f"([record](tools/records/{record['file']}))\n"
+            f"{CPU_TABLES[name]({'rows': rows})}\n\n{cpu} ({', '.join(machine['vector_sets'])}), onnxruntime "
+            f"{machine['versions']['onnxruntime']}, {dates}\n"
         )
     return "\n".join(parts)
 

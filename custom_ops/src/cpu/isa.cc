@@ -28,6 +28,12 @@ bool HasAvxVnni() {
   return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax & (1u << 4)) != 0;
 }
 
+// Leaf 1, ECX bit 29; clang's builtin does not know it.
+bool HasF16c() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & (1u << 29)) != 0;
+}
+
 // Leaf 7, EDX bits 24 (tiles) and 25 (int8), and Linux's permission to use the tile registers, which it grants to a
 // process that asks.
 bool MayUseAmx() {
@@ -56,7 +62,7 @@ std::vector<const Kernels*> AvailableKernels() {
     if (MayUseAmx()) kernels.push_back(&kAmxKernels);
     kernels.push_back(&kAvx512VnniKernels);
   }
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && HasF16c();
   if (avx2 && HasAvxVnni()) kernels.push_back(&kAvxVnniKernels);
   if (avx2) kernels.push_back(&kAvx2Kernels);
 #endif

@@ -30,7 +30,6 @@ import fptq_onnx
 
 __all__ = ["main"]
 
-STOPPED = 75
 _CONVERT = "import sys; from fptq_onnx.cli import main; sys.argv[0] = 'fptq-onnx'; main()"
 
 
@@ -45,9 +44,8 @@ def main() -> int:
     pieces = json.loads(log.read_text(encoding="utf-8")) if log.exists() else []
     status, printed, piece = _piece([str(arguments.model), "-o", str(arguments.output), *options])
     pieces.append(piece)
-    if status == STOPPED:
-        log.write_text(json.dumps(pieces), encoding="utf-8")
     if status != 0:
+        log.write_text(json.dumps(pieces), encoding="utf-8")
         return status
     log.unlink(missing_ok=True)
     record = _content(json.loads(printed), options, pieces)

@@ -8,6 +8,8 @@ import families
 import numpy as np
 import pytest
 from conversions import recipe
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fptq_onnx.graph.activation_groups import ActivationGroup, group_by_activation
 from fptq_onnx.graph.linears import LinearSearch, find_linears
@@ -63,6 +65,28 @@ def test_policy_per_activation(linears: LinearSearch, groups: list[ActivationGro
     assert plan["lm_head"].activation_range is None and plan["lm_head"].weight_method == "float"
     assert plan.recipe == settings.resolved()
     assert Plan.from_json(plan.to_json()) == plan
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_a_plan_is_a_pure_function(data: st.DataObject) -> None:
+    """The same statistics and recipe give the same plan, in any order of the statistics, and change neither."""
+    linears = find_linears(load_model(families.model("llama", families.DYNAMO).path))
+    groups = group_by_activation(linears.layers)
+    labels = [group.layers[0].label.replace(".", "_") for group in groups]
+    peaks = {label: data.draw(st.floats(0.5, 4000, width=32)) for label in labels}
+    chosen = recipe(
+        activations__scheme=data.draw(st.sampled_from(["policy", "static", "per-token", "equalized-static"])),
+        equalization__method=data.draw(st.sampled_from(["lae", "smoothquant", "none"])),
+    )
+    before, resolved = _statistics(groups, **peaks), chosen.resolved()
+    first = make_plan(linears.layers, decide_groups(groups, before, chosen), chosen)
+    shuffled = dict(data.draw(st.permutations(list(before.items()))))
+    assert make_plan(linears.layers, decide_groups(groups, shuffled, chosen), chosen) == first
+    assert chosen.resolved() == resolved
+    for name, untouched in _statistics(groups, **peaks).items():
+        np.testing.assert_array_equal(before[name].channel_min, untouched.channel_min)
+        np.testing.assert_array_equal(before[name].channel_max, untouched.channel_max)
 
 
 def test_only_activations_with_a_quantized_reader_are_observed(groups: list[ActivationGroup]) -> None:

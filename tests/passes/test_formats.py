@@ -9,6 +9,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from conversions import constants, converted, relative_error, values
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pass_models import parse, tokens, weight
 
 from fptq_onnx.errors import RecipeError
@@ -16,7 +18,7 @@ from fptq_onnx.graph.linears import find_linears
 from fptq_onnx.graph.model_file import load_model
 from fptq_onnx.passes.replace_linears import LayerQuantization, PerTokenQuantizer
 from fptq_onnx.passes.to_matmulnbits import ToMatMulNBitsPass
-from fptq_onnx.quantization.int4 import QuantizedWeight, quantize_weight
+from fptq_onnx.quantization.int4 import Grid, QuantizedWeight, quantize_weight
 
 PRODUCTS = ("MatMul", "Gemm", "W4A8MatMul", "MatMulNBits")
 
@@ -29,6 +31,27 @@ def _dequantized(model: ir.Model, name: str, q: QuantizedWeight) -> np.ndarray:
     assert (k, n) == q.q.shape and packed.shape == (n, -(-k // block), block // 2) and packed.dtype == np.uint8
     nibbles = np.stack([packed & 15, packed >> 4], axis=-1).reshape(n, -1, block).astype(np.float32) - 8
     return (nibbles * scale.reshape(n, -1, 1)).reshape(n, -1)[:, :k].T
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    k=st.integers(1, 200),
+    n=st.integers(1, 12),
+    group=st.sampled_from([16, 32, 64, 128]),
+    grid=st.sampled_from(["absmax7", "signed8", "mse_clip"]),
+    seed=st.integers(0, 2**16),
+)
+def test_matmulnbits_round_trip(
+    k: int, n: int, group: int, grid: Grid, seed: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Any weight comes back from the packed layout as it was quantized, short last groups too."""
+    w = np.random.default_rng(seed).standard_normal((k, n), dtype=np.float32)
+    folder = tmp_path_factory.mktemp("round-trip")
+    model = parse(folder, f"(float[B, {k}] X) => (float[B, {n}] Y)", "Y = MatMul(X, w)", {"w": w})
+    (layer,) = find_linears(model).layers
+    quantized = quantize_weight(w, group if k > group else k, grid, np.float32)
+    ToMatMulNBitsPass({layer.name: LayerQuantization(PerTokenQuantizer(), lambda: quantized)})(model)
+    np.testing.assert_array_equal(_dequantized(model, layer.name, quantized), quantized.dequantize())
 
 
 @pytest.mark.parametrize("family", [families.DYNAMO, families.GENAI_FP32])

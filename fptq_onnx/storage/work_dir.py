@@ -29,8 +29,12 @@ Array = npt.NDArray[Any]
 
 _FINGERPRINT = "fingerprint.json"
 _LOCK = "lock"
+# Stands while the records of finished work are being removed: what is left of them is of no use.
+_CLEARING = "clearing"
 _SUFFIX = ".safetensors"
 _PARTIAL = ".partial"
+# What a process that is killed leaves half-written: by us, or by safetensors under a name of its own.
+_HALF_WRITTEN = (f"*{_PARTIAL}", ".tmp*")
 # safetensors knows no numpy types from outside numpy; they travel as integers of the same width.
 _FOREIGN = {np.dtype(ml_dtypes.bfloat16): np.dtype(np.uint16)}
 
@@ -58,8 +62,10 @@ class WorkDir:
             self.path.mkdir(parents=True, exist_ok=True)
             self._check_foreign()
             self._take()
+            if (self.path / _CLEARING).exists():
+                self._clear()
             self._check_fingerprint(dict(fingerprint))
-            for left in self.path.glob(f"*{_PARTIAL}"):
+            for left in self._half_written():
                 left.unlink()
         except OSError as error:
             self.close()
@@ -138,13 +144,19 @@ class WorkDir:
 
     def remove(self) -> None:
         """Remove the records, and the directory if nothing else is in it."""
-        for file in (*self.path.glob(f"*{_SUFFIX}"), *self.path.glob(f"*{_PARTIAL}")):
-            file.unlink()
-        for name in (_FINGERPRINT, _LOCK):
-            (self.path / name).unlink(missing_ok=True)
+        (self.path / _CLEARING).touch()
+        self._clear()
+        (self.path / _LOCK).unlink(missing_ok=True)
         self.close()
         if not any(self.path.iterdir()):
             self.path.rmdir()
+
+    def _clear(self) -> None:
+        """Remove everything but the lock; a process killed in the middle leaves the sign for the next one to go on."""
+        for file in (*self.path.glob(f"*{_SUFFIX}"), *self._half_written()):
+            file.unlink()
+        for name in (_FINGERPRINT, _CLEARING):
+            (self.path / name).unlink(missing_ok=True)
 
     @staticmethod
     def clear_abandoned(folder: Path, prefix: str) -> None:
@@ -157,12 +169,15 @@ class WorkDir:
                     shutil.rmtree(path, ignore_errors=True)
                     os.close(handle)
 
+    def _half_written(self) -> list[Path]:
+        return [path for pattern in _HALF_WRITTEN for path in self.path.glob(pattern)]
+
     def _file(self, name: str) -> Path:
         return self.path / f"{name}{_SUFFIX}"
 
     def _check_foreign(self) -> None:
-        entries = {entry.name for entry in self.path.iterdir() if not entry.name.endswith(_PARTIAL)} - {_LOCK}
-        if entries and _FINGERPRINT not in entries:
+        entries = {entry.name for entry in set(self.path.iterdir()).difference(self._half_written())} - {_LOCK}
+        if entries and entries.isdisjoint({_FINGERPRINT, _CLEARING}):
             raise WorkDirError(
                 str(self.path), f"holds files of something else ({min(entries)})", "Give an empty folder"
             )

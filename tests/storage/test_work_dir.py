@@ -187,3 +187,33 @@ def test_workspaces(tmp_path: Path) -> None:
     with workspace(tmp_path / "w", target, lambda: JOB, wanted=False) as given:
         assert given is not None and given.has("a")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("killed_after", range(4))
+def test_a_removal_that_was_killed_is_finished(killed_after: int, tmp_path: Path) -> None:
+    """Whatever is left of finished work is not taken for work to go on with."""
+    folder = tmp_path / "work"
+    with WorkDir(folder, {"model": "a"}) as work:
+        for name in ("one", "two", "three"):
+            work.save(name, {"x": np.arange(3)})
+        (folder / "clearing").touch()
+        for file in sorted(folder.glob("*.safetensors"))[:killed_after]:
+            file.unlink()
+    with WorkDir(folder, {"model": "b"}) as work:  # what the old job was does not matter any more
+        assert work.names("") == [] and not (folder / "clearing").exists()
+        work.save("one", {"x": np.arange(3)})
+        work.remove()
+    assert not folder.exists()
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> None:
+    """Ours, and the file that safetensors writes before it takes the name it was given."""
+    folder = tmp_path / "work"
+    with WorkDir(folder, {}):
+        for name in ("one.safetensors.partial", ".tmpXyZ123"):
+            (folder / name).write_bytes(b"half")
+    with WorkDir(folder, {}) as work:
+        assert not {path.name for path in folder.iterdir()} & {"one.safetensors.partial", ".tmpXyZ123"}
+        (folder / ".tmpXyZ124").write_bytes(b"half")
+        work.remove()
+    assert not folder.exists()

@@ -67,7 +67,7 @@ def test_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Resident memory grows by at most 1.15 times the int4 bytes: the session holds the packed copy only."""
-    record = _record(["memory", "--layers", "6"], tmp_path / "record.json", monkeypatch)
+    record = _record(["memory", "--layers", "24"], tmp_path / "record.json", monkeypatch)
     (row,) = record["rows"]
     assert 1.0 <= row["resident_over_int4"] <= 1.15
 

@@ -83,6 +83,19 @@ def tokens_with_an_outlier(ids: Sequence[int], channel: int) -> Callable[[ir.Mod
     return change
 
 
+def loud_tokens(label: str, ids: Sequence[int], channel: int, gain: float) -> Callable[[ir.Model], None]:
+    """Let a layer answer to some tokens alone with outputs many times larger than to all others, in every channel."""
+
+    def change(model: ir.Model) -> None:
+        tokens_with_an_outlier(ids, channel)(model)
+        layer = find_linears(model).by_label()[label]
+        weight = layer.weight_array().astype(np.float32)
+        weight[channel] *= gain
+        layer.weight.const_value = ir.Tensor(weight, name=layer.weight.name)
+
+    return change
+
+
 def analyzed(model: Path, folder: Path, *, steps: Sequence[Step] = STEPS, **arguments: Any) -> Analysis:
     """Analyze a tiny model on two windows of English."""
     arguments = {"text": text(folder), "calibration": text(folder), "recipe": recipe()} | arguments

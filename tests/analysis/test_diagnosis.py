@@ -63,6 +63,19 @@ def test_heavy_tailed_weights_are_found(tmp_path: Path) -> None:
     assert r"block\.1\.fc1$" in shlex.split(first.action)[-1]
 
 
+def test_equalization_that_cannot_help_is_found(tmp_path: Path) -> None:
+    """What one token does to all channels alike, no scale per channel evens out: only scales per token do."""
+    tokenizer = load_tokenizer(families.model("gpt2", families.DYNAMO).tokenizer)
+    first = encode_text(tokenizer, read_text(planted.text(tmp_path)))[:1].tolist()
+    model = planted.plant(tmp_path, planted.loud_tokens("block.1.fc1", first, 5, 30))
+    analysis = planted.analyzed(model, tmp_path, recipe=planted.recipe(weights__format="float"), steps=QUICK)
+    (finding,) = [each for each in analysis.findings if each.id == "AQ-003"]
+    assert (finding.kind, finding.layers) == ("equalization-does-not-help", ["block.1.fc2"])
+    assert "per token" in finding.evidence[0]
+    assert finding.recovers is not None and finding.recovers > 0.1
+    assert "equalization.method=none" in shlex.split(finding.action)
+
+
 def test_outlier_channels_are_compared_with_the_median() -> None:
     values = [[1.0, -2.0, 100.0, 0.0], [0.5, 1.0, -50.0, 0.0]]
     assert outlier_channels(ActivationStatistics.from_activations(values)) == [

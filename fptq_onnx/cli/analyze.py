@@ -14,7 +14,19 @@ from rich.table import Table
 from fptq_onnx.analysis.analyze import STEPS
 from fptq_onnx.analysis.analyze import analyze as run_analysis
 from fptq_onnx.analysis.result import Analysis
-from fptq_onnx.cli.common import AsJson, OnProvider, Provider, TokenizerPath, app, err, out, overrides, reporting_errors
+from fptq_onnx.cli.common import (
+    AsJson,
+    Assignments,
+    CalibrationPath,
+    OnProvider,
+    Provider,
+    TokenizerPath,
+    app,
+    err,
+    out,
+    overrides,
+    reporting_errors,
+)
 from fptq_onnx.errors import StoppedError
 from fptq_onnx.progress import TerminalProgress
 from fptq_onnx.recipe import Recipe
@@ -35,22 +47,12 @@ def analyze(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for report.html, analysis.json and recipe.yaml.")
     ] = Path("report"),
-    calibration: Annotated[
-        Path | None,
-        typer.Option(
-            "--calibration",
-            help="Text (.txt) or feeds (.npz) to observe activations on. Without it random tokens are used.",
-            show_default=False,
-        ),
-    ] = None,
+    calibration: CalibrationPath = None,
     tokenizer: TokenizerPath = None,
     recipe: Annotated[
         str, typer.Option("--recipe", help="Recipe to judge: paper (standard FPTQ), balanced, accurate or a YAML file.")
     ] = "paper",
-    assignments: Annotated[
-        list[str],
-        typer.Option("--set", metavar="FIELD=VALUE", help="Override a field of the recipe; repeatable."),
-    ] = [],  # noqa: B006 typer needs a list
+    assignments: Assignments = [],  # noqa: B006 typer needs a list
     metric: Annotated[
         str | None,
         typer.Option(

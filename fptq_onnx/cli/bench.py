@@ -11,7 +11,7 @@ import typer
 from fptq_onnx.benchmark.benchmark import benchmark
 from fptq_onnx.benchmark.results import Settings
 from fptq_onnx.benchmark.show import show
-from fptq_onnx.cli.common import AsJson, OnProvider, Provider, app, out, print_json, reporting_errors
+from fptq_onnx.cli.common import AsJson, OnProvider, Provider, Threads, app, out, print_json, reporting_errors
 from fptq_onnx.progress import TerminalProgress
 
 __all__ = ["bench"]
@@ -35,9 +35,7 @@ def bench(
     ] = None,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=0, help="Decode steps after each prompt.")] = 32,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Timed runs of each case and model.")] = 5,
-    threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Intra-op threads of a session.", show_default=False)
-    ] = None,
+    threads: Threads = None,
     library: Annotated[
         bool, typer.Option("--library/--no-library", help="Use the op library, or time the function bodies.")
     ] = True,

@@ -25,8 +25,11 @@ from fptq_onnx.errors import FptqError, StoppedError, VerificationError
 
 __all__ = [
     "AsJson",
+    "Assignments",
+    "CalibrationPath",
     "OnProvider",
     "Provider",
+    "Threads",
     "TokenizerPath",
     "app",
     "err",
@@ -66,7 +69,21 @@ class Provider(StrEnum):
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout; progress and logs go to stderr.")
 ]
+Assignments = Annotated[
+    list[str], typer.Option("--set", metavar="FIELD=VALUE", help="Override a field of the recipe; repeatable.")
+]
+CalibrationPath = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        help="Text (.txt) or feeds (.npz) to observe activations on. Without it random tokens are used.",
+        show_default=False,
+    ),
+]
 OnProvider = Annotated[Provider, typer.Option("--provider", help="Execution provider of the sessions.")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, help="Intra-op threads of a session.", show_default=False)
+]
 TokenizerPath = Annotated[
     Path | None,
     typer.Option("--tokenizer", help="tokenizer.json; by default the one beside the model.", show_default=False),

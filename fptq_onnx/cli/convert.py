@@ -12,8 +12,11 @@ import typer
 import fptq_onnx
 from fptq_onnx.cli.common import (
     AsJson,
+    Assignments,
+    CalibrationPath,
     OnProvider,
     Provider,
+    Threads,
     TokenizerPath,
     app,
     err,
@@ -50,22 +53,12 @@ def convert(
             "--output", "-o", help="Quantized model or folder. \\[default: MODEL.fptq.onnx]", show_default=False
         ),
     ] = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(
-            "--calibration",
-            help="Text (.txt) or feeds (.npz). Without it random tokens are used and the report says so.",
-            show_default=False,
-        ),
-    ] = None,
+    calibration: CalibrationPath = None,
     tokenizer: TokenizerPath = None,
     recipe: Annotated[
         str, typer.Option("--recipe", help="balanced, accurate, paper, or the path of a YAML file.")
     ] = "balanced",
-    assignments: Annotated[
-        list[str],
-        typer.Option("--set", metavar="FIELD=VALUE", help="Override a field of the recipe; repeatable."),
-    ] = [],  # noqa: B006 typer needs a list
+    assignments: Assignments = [],  # noqa: B006 typer needs a list
     output_format: Annotated[
         OutputFormat,
         typer.Option(
@@ -110,9 +103,7 @@ def convert(
             show_default=False,
         ),
     ] = None,
-    threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Threads of each session.", show_default=False)
-    ] = None,
+    threads: Threads = None,
     float_layers: Annotated[
         int, typer.Option("--float-layers", metavar="N", min=0, help="Keep the N layers that err most float.")
     ] = 0,

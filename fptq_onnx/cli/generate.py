@@ -13,6 +13,7 @@ from fptq_onnx.cli.common import (
     AsJson,
     OnProvider,
     Provider,
+    Threads,
     TokenizerPath,
     app,
     err,
@@ -49,9 +50,7 @@ def generate(
     library: Annotated[
         bool, typer.Option("--library/--no-library", help="Kernels of the op library, or the function bodies.")
     ] = True,
-    threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Threads of an operator.", show_default=False)
-    ] = None,
+    threads: Threads = None,
     provider: OnProvider = Provider.CPU,
     as_json: AsJson = False,
 ) -> None:

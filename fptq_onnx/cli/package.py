@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from fptq_onnx.cli.common import AsJson, OnProvider, Provider, app, err, out, print_json, reporting_errors
+from fptq_onnx.cli.common import AsJson, OnProvider, Provider, Threads, app, err, out, print_json, reporting_errors
 from fptq_onnx.packaging.triton import SERVED_FROM, package_triton
 from fptq_onnx.packaging.triton_config import TritonOptions
 
@@ -34,9 +34,7 @@ def package(
         int, typer.Option("--queue-delay", min=0, help="Microseconds that a request may wait for others.")
     ] = 100,
     instances: Annotated[int, typer.Option("--instances", min=1, help="Sessions per CPU or GPU.")] = 1,
-    threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Intra-op threads of a session.", show_default=False)
-    ] = None,
+    threads: Threads = None,
     served_from: Annotated[
         str, typer.Option("--served-from", help="Absolute path at which the server sees the repository.")
     ] = SERVED_FROM,

@@ -33,7 +33,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from fptq_onnx.ops.domain import DOMAIN, function_from_text
+from fptq_onnx.ops.domain import function_from_text
+from fptq_onnx.ops.matmul_node import matmul_node
 
 NAME = "W4A8MatMul"
 
@@ -143,20 +144,13 @@ def w4a8_matmul(
     Returns:
         The node; its single output has the type of ``b_scale`` and, where A's shape is known, a shape.
     """
-    node = ir.node(
+    return matmul_node(
         NAME,
         [a, a_scale, a_zero_point, b, b_scale],
         attributes={"block_size": block_size, "scale_max_multiple": scale_max_multiple},
-        domain=DOMAIN,
         overload=INTEGER_SCALES if scale_max_multiple else "",
         name=name,
     )
-    output = node.outputs[0]
-    if b_scale.dtype is not None:
-        output.type = ir.TensorType(b_scale.dtype)
-    if a.shape is not None and b.shape is not None:
-        output.shape = ir.Shape([*a.shape[:-1], b.shape[1]])
-    return node
 
 
 def group_sums(

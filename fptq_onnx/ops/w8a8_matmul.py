@@ -27,7 +27,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from fptq_onnx.ops.domain import DOMAIN, function_from_text
+from fptq_onnx.ops.domain import function_from_text
+from fptq_onnx.ops.matmul_node import matmul_node
 
 NAME = "W8A8MatMul"
 
@@ -70,13 +71,7 @@ def w8a8_matmul(
     Returns:
         The node; its single output has the type of ``b_scale`` and, where A's shape is known, a shape.
     """
-    node = ir.node(NAME, [a, a_scale, a_zero_point, b, b_scale], domain=DOMAIN, name=name)
-    output = node.outputs[0]
-    if b_scale.dtype is not None:
-        output.type = ir.TensorType(b_scale.dtype)
-    if a.shape is not None and b.shape is not None:
-        output.shape = ir.Shape([*a.shape[:-1], b.shape[1]])
-    return node
+    return matmul_node(NAME, [a, a_scale, a_zero_point, b, b_scale], name=name)
 
 
 def reference(

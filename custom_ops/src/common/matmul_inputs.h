@@ -1,4 +1,4 @@
-// What W4A8MatMul and W8A8MatMul have in common: inputs, and the checks of their shapes.
+// What W4A8MatMul and W8A8MatMul have in common: inputs, their types, and the checks of their shapes.
 #ifndef FPTQ_COMMON_MATMUL_INPUTS_H_
 #define FPTQ_COMMON_MATMUL_INPUTS_H_
 
@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/node_location.h"
+#include "common/op_base.h"
 #include "common/shape_inference.h"
 #include "onnxruntime_cxx_api.h"
 
@@ -50,6 +51,27 @@ struct MatMulShapes {
 
 /// Y is A's shape with N in place of K, in the type of b_scale.
 void InferMatMulShapes(InferenceContext& context);
+
+/// Base of both ops (see OpBase): types of inputs and output for weights of type kWeight, scales and results of kType.
+template <class Op, class Kernel, ONNXTensorElementDataType kWeight, ONNXTensorElementDataType kType>
+struct MatMulOp : OpBase<Op, Kernel> {
+  size_t GetInputTypeCount() const { return kMatMulInputCount; }
+  ONNXTensorElementDataType GetInputType(size_t index) const {
+    switch (index) {
+      case kInputAScale:
+        return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+      case kInputB:
+        return kWeight;
+      case kInputBScale:
+        return kType;
+      default:
+        return ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
+    }
+  }
+  size_t GetOutputTypeCount() const { return 1; }
+  ONNXTensorElementDataType GetOutputType(size_t) const { return kType; }
+  static void InferShapes(InferenceContext& context) { InferMatMulShapes(context); }
+};
 
 }  // namespace fptq
 

@@ -20,7 +20,6 @@
 
 #include "common/matmul_inputs.h"
 #include "common/node_location.h"
-#include "common/op_base.h"
 #include "common/op_names.h"
 #include "common/shape_inference.h"
 #include "onnxruntime_cxx_api.h"
@@ -50,24 +49,8 @@ struct W4A8MatMulNode {
 
 /// The op for one T and one kernel (see OpBase for what the kernel provides).
 template <class Kernel, ONNXTensorElementDataType kType>
-struct W4A8MatMulOp : OpBase<W4A8MatMulOp<Kernel, kType>, Kernel> {
+struct W4A8MatMulOp : MatMulOp<W4A8MatMulOp<Kernel, kType>, Kernel, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT4, kType> {
   const char* GetName() const { return kW4A8MatMul; }
-  size_t GetInputTypeCount() const { return kMatMulInputCount; }
-  ONNXTensorElementDataType GetInputType(size_t index) const {
-    switch (index) {
-      case kInputAScale:
-        return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
-      case kInputB:
-        return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT4;
-      case kInputBScale:
-        return kType;
-      default:
-        return ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
-    }
-  }
-  size_t GetOutputTypeCount() const { return 1; }
-  ONNXTensorElementDataType GetOutputType(size_t) const { return kType; }
-  static void InferShapes(InferenceContext& context) { InferMatMulShapes(context); }
 };
 
 }  // namespace fptq

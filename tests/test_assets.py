@@ -94,3 +94,12 @@ def test_brown_text_is_the_one_the_figures_are_for() -> None:
     assert len(evaluation.split("\n\n")) == 32 and len(calibration.split("\n\n")) == 31
     assert hashlib.sha256(evaluation.encode()).hexdigest() == EVALUATION_SHA256
     assert not set(evaluation.split("\n\n")) & set(calibration.split("\n\n"))
+
+
+@pytest.mark.slow
+def test_training_text_holds_nothing_that_is_evaluated() -> None:
+    training = set(assets.training_text().read_text(encoding="utf-8").split("\n\n"))
+    text = assets.brown_text()
+    for path in (text.evaluation, text.calibration, assets.speeches()):
+        assert not training & set(path.read_text(encoding="utf-8").split("\n\n"))
+    assert len(training) == 437 + 220

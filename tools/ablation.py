@@ -2,6 +2,8 @@
 """What each technique of a recipe is worth: one row per technique, each on top of the rows above it.
 
     python tools/ablation.py smollm2 --source model.onnx     # a language model: perplexity, KL, tokens per second
+    python tools/ablation.py llama                           # one that `train_lm.py` trained: never quantized before
+    python tools/ablation.py gpt2                            # likewise, of another family
     python tools/ablation.py minilm                          # a sentence encoder, never quantized: cosine, ranks
     python tools/ablation.py smollm2 --rows gptq mse-range   # some rows only; without it all that are still missing
     python tools/ablation.py smollm2 --record                # no measuring: write the rows found as a record
@@ -9,6 +11,7 @@
 Every finished row is kept in the output folder, so that an interrupted run goes on where it stopped. Rows are for
 comparison with each other: they calibrate on few windows and evaluate on few tokens (`Protocol`), which the record
 states. Speed is measured with one thread as tokens per second of processor time, which neighbours disturb least.
+The two trained models are made first if `train_lm.py` has not made them yet (quick with a GPU, hours without).
 """
 
 from __future__ import annotations
@@ -17,8 +20,10 @@ import argparse
 import dataclasses
 import json
 import os
+import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +80,9 @@ class Protocol:
     decoded: int = 24
 
 
-PROTOCOL = Protocol()
-ROWS = {"smollm2": LANGUAGE_ROWS, "minilm": ENCODER_ROWS}
+_SMALL = Protocol(calibration_windows=32, brown_windows=44, speech_windows=16)
+PROTOCOLS = {"smollm2": Protocol(), "llama": _SMALL, "gpt2": _SMALL, "minilm": Protocol()}
+ROWS = {"smollm2": LANGUAGE_ROWS, "llama": LANGUAGE_ROWS, "gpt2": LANGUAGE_ROWS, "minilm": ENCODER_ROWS}
 
 
 def main() -> int:
@@ -97,7 +103,7 @@ def main() -> int:
     Console(width=200).print(_table(found))
     if arguments.record:
         head = environment()
-        protocol = dataclasses.asdict(PROTOCOL) | {"cores": os.cpu_count()}
+        protocol = dataclasses.asdict(PROTOCOLS[arguments.model]) | {"cores": os.cpu_count()}
         body = {"protocol": protocol, "rows": found}
         print(write_record(f"ablation-{arguments.model}", head, body))
     return 0
@@ -108,11 +114,12 @@ def measure(model: str, row: Row, source: Path, output: Path, progress: Progress
     print(f"{row.name}: {row.title}", file=sys.stderr, flush=True)
     figures: dict[str, Any] = {"name": row.name, "title": row.title, "recipe": row.recipe, "changes": row.changes}
     figures["source"] = "/".join(source.parts[-2:])
-    target = source
+    protocol, target = PROTOCOLS[model], source
     if row.recipe is not None:
         target = output / row.name / "model.onnx"
         target.parent.mkdir(parents=True, exist_ok=True)
-        recipe = Recipe.load(row.recipe, _few_windows() | row.changes)
+        few = {"calibration.windows": protocol.calibration_windows, "calibration.length": protocol.window}
+        recipe = Recipe.load(row.recipe, few | row.changes)
         wall, used = time.monotonic(), time.process_time()
         text = assets.brown_text(progress).calibration
         report = convert(
@@ -130,16 +137,12 @@ def measure(model: str, row: Row, source: Path, output: Path, progress: Progress
             **_summary(report),
         }
     figures["megabytes"] = round(sum(file.stat().st_size for file in target.parent.glob("model.onnx*")) / 1e6, 1)
-    judge = _judge_language if model == "smollm2" else _judge_encoder
-    figures |= judge(source, target, progress)
+    judge = _judge_encoder if model == "minilm" else _judge_language
+    figures |= judge(source, target, protocol, progress)
     if target != source:
         for file in target.parent.glob("model.onnx*"):
             file.unlink()
     return figures
-
-
-def _few_windows() -> dict[str, Any]:
-    return {"calibration.windows": PROTOCOL.calibration_windows, "calibration.length": PROTOCOL.window}
 
 
 def _summary(report: Report) -> dict[str, Any]:
@@ -156,7 +159,7 @@ def _summary(report: Report) -> dict[str, Any]:
     }
 
 
-def _judge_language(source: Path, target: Path, progress: Progress) -> dict[str, Any]:
+def _judge_language(source: Path, target: Path, protocol: Protocol, progress: Progress) -> dict[str, Any]:
     tokenizer = load_tokenizer(source.with_name("tokenizer.json"))
     brown, speeches = (
         encode_text(tokenizer, read_text(path))
@@ -164,17 +167,17 @@ def _judge_language(source: Path, target: Path, progress: Progress) -> dict[str,
     )
     model = open_language_model(target)
     reference = None if target == source else open_language_model(source)
-    predicted = PROTOCOL.window - 1
+    predicted = protocol.window - 1
     held_out = evaluate(
         model,
         brown,
         against=reference,
-        window=PROTOCOL.window,
-        max_tokens=PROTOCOL.brown_windows * predicted,
+        window=protocol.window,
+        max_tokens=protocol.brown_windows * predicted,
         progress=progress,
     )
     other = evaluate(
-        model, speeches, window=PROTOCOL.window, max_tokens=PROTOCOL.speech_windows * predicted, progress=progress
+        model, speeches, window=protocol.window, max_tokens=protocol.speech_windows * predicted, progress=progress
     )
     del model, reference
     return {
@@ -182,45 +185,46 @@ def _judge_language(source: Path, target: Path, progress: Progress) -> dict[str,
         "kl_mean": held_out.kl_mean,
         "top1_agreement": held_out.top1_agreement,
         "speech_perplexity": other.perplexity,
-        **_speed(target, brown),
+        **_speed(target, brown, protocol),
     }
 
 
-def _speed(target: Path, ids: np.ndarray) -> dict[str, float]:
+def _speed(target: Path, ids: np.ndarray, protocol: Protocol) -> dict[str, float]:
     """Tokens per second of processor time with one thread: a window at once, and token after token."""
     model = open_language_model(target, threads=1)
 
-    def fastest(run: Any, tokens: int) -> float:
-        times = []
-        for _ in range(3):
-            started = time.process_time()
-            run()
-            times.append(time.process_time() - started)
-        return tokens / min(times)
-
-    window = ids[: PROTOCOL.window]
-    prefill = fastest(lambda: model.run(window, "speed"), window.size)
+    window = ids[: protocol.window]
+    prefill = _fastest(lambda: model.run(window, "speed"), window.size)
     if not model.inputs.caches:
         return {"prefill_tokens_per_s": prefill}
-    return {"prefill_tokens_per_s": prefill, "decode_tokens_per_s": _decode(model, ids)}
+    return {"prefill_tokens_per_s": prefill, "decode_tokens_per_s": _decode(model, ids, protocol)}
 
 
-def _decode(model: LanguageModel, ids: np.ndarray) -> float:
+def _fastest(run: Callable[[], object], tokens: int) -> float:
+    times = []
+    for _ in range(3):
+        started = time.process_time()
+        run()
+        times.append(time.process_time() - started)
+    return tokens / min(times)
+
+
+def _decode(model: LanguageModel, ids: np.ndarray, protocol: Protocol) -> float:
     def run(new: int) -> float:
         started = time.process_time()
-        generate(model, [ids[: PROTOCOL.prompt]], max_new_tokens=new)
+        generate(model, [ids[: protocol.prompt]], max_new_tokens=new)
         return time.process_time() - started
 
     run(2)
-    return PROTOCOL.decoded / (min(run(PROTOCOL.decoded + 1) for _ in range(2)) - min(run(1) for _ in range(2)))
+    return protocol.decoded / (min(run(protocol.decoded + 1) for _ in range(2)) - min(run(1) for _ in range(2)))
 
 
-def _judge_encoder(source: Path, target: Path, progress: Progress) -> dict[str, Any]:
+def _judge_encoder(source: Path, target: Path, protocol: Protocol, progress: Progress) -> dict[str, Any]:
     tokenizer = load_tokenizer(source.with_name("tokenizer.json"))
     result: dict[str, Any] = {}
     texts = {"": assets.brown_text(progress).evaluation, "speech_": assets.speeches(progress)}
     for prefix, path in texts.items():
-        windows = encode_windows(tokenizer, read_text(path), PROTOCOL.sentence_tokens)[: PROTOCOL.sentences]
+        windows = encode_windows(tokenizer, read_text(path), protocol.sentence_tokens)[: protocol.sentences]
         embeddings = []
         for file in (source, target):
             inputs = describe_inputs(load_model(file))
@@ -228,15 +232,29 @@ def _judge_encoder(source: Path, target: Path, progress: Progress) -> dict[str, 
             embeddings.append(embed(session(file), inputs, batches))
         agreement = dataclasses.asdict(compare_embeddings(*embeddings))
         result |= {f"{prefix}{key}": value for key, value in agreement.items()}
+    inputs = describe_inputs(load_model(target))
+    one = session(target, threads=1)
+    tokens = sum(int(ids.size) for batch in batches[:4] for ids in batch.values())
+    result["prefill_tokens_per_s"] = _fastest(lambda: embed(one, inputs, batches[:4]), tokens)
     return result
 
 
 def _export(model: str, output: Path) -> Path:
     path = output / "float" / "model.onnx"
     if not path.is_file():
-        folder = assets.smollm2() if model == "smollm2" else assets.minilm()
+        given = {"smollm2": assets.smollm2, "minilm": assets.minilm}
+        folder = given[model]() if model in given else _trained(model)
         export_model(folder, path.parent, progress=TerminalProgress())
     return path
+
+
+def _trained(architecture: str) -> Path:
+    """A model that `train_lm.py` made, now or before."""
+    folder = assets.cache_dir() / "trained" / architecture
+    if not (folder / "training.json").is_file():
+        script = Path(__file__).with_name("train_lm.py")
+        subprocess.run([sys.executable, str(script), architecture, str(folder)], check=True)
+    return folder
 
 
 def _store(path: Path, figures: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ class Row:
 
 
 _INT8_TABLE = {"layers.lm_head": "int8", "layers.embedding": "int8"}
+_FLOAT_TABLE = {"layers.lm_head": "float", "layers.embedding": "float"}
 
 # Each step keeps the changes of the steps above it.
 STEPS: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
@@ -60,21 +61,35 @@ def _instead(name: str, title: str, changes: Mapping[str, Any]) -> Row:
 
 _PER_TOKEN = {"activations.scheme": "per-token"}
 _SEARCH = {"equalization.method": "search"}
-
-LANGUAGE_ROWS: tuple[Row, ...] = (
-    *_chain(),
-    _instead("search", "balanced, equalizer searched from 15 to 150", _SEARCH | {"activations.v1": 150}),
-    _instead("accurate", "accurate: every activation per token, groups of 64", _PER_TOKEN | {"weights.group_size": 64}),
+_NO_ROTATION = {"rotation.residual": False, "rotation.heads": False}
+_ACCURATE = _instead(
+    "accurate", "accurate: every activation per token, groups of 64", _PER_TOKEN | {"weights.group_size": 64}
 )
+# Variants of balanced that leave one thing out: what it is worth with all others there.
+_WITHOUT: tuple[Row, ...] = (
+    _instead("no-rotation", "balanced without rotation", _NO_ROTATION),
+    _instead("natural-order", "balanced, GPTQ in natural order", {"weights.order": "natural"}),
+    _instead("no-token-cap", "balanced, every token counts fully", {"weights.token_cap": 0}),
+    _instead("float-weights", "balanced, activations only", {"weights.format": "float"} | _FLOAT_TABLE),
+)
+_TABLE_ALONE = Row(
+    "int8-table-alone",
+    "int8 head and embedding alone, all else float",
+    "paper",
+    _INT8_TABLE | {"layers.include": ["lm_head"]},
+)
+_SEARCHED = _instead("search", "balanced, equalizer searched from 15 to 150", _SEARCH | {"activations.v1": 150})
+
+LANGUAGE_ROWS: tuple[Row, ...] = (*_chain(), _ACCURATE, *_WITHOUT, _TABLE_ALONE, _SEARCHED)
 
 ENCODER_ROWS: tuple[Row, ...] = (
     *_chain(),
+    _ACCURATE,
     _instead("mse-range", "balanced, static ranges of least squared error", {"activations.static_range": "mse"}),
-    _instead("search", "balanced, equalizer searched from 15 to 150", _SEARCH | {"activations.v1": 150}),
+    _SEARCHED,
     _instead(
         "search-all", "balanced, equalizer searched for all", _SEARCH | {"activations.v0": 0, "activations.v1": 1e9}
     ),
     _instead("bias-correction", "balanced, bias correction", {"weights.bias_correction": True}),
     _instead("asymmetric", "balanced, asymmetric static activations", {"activations.symmetric": False}),
-    _instead("accurate", "accurate: every activation per token, groups of 64", _PER_TOKEN | {"weights.group_size": 64}),
 )

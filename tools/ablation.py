@@ -113,7 +113,7 @@ def measure(model: str, row: Row, source: Path, output: Path, progress: Progress
     """Convert by the recipe of a row (or take the float model), evaluate, and return the figures."""
     print(f"{row.name}: {row.title}", file=sys.stderr, flush=True)
     figures: dict[str, Any] = {"name": row.name, "title": row.title, "recipe": row.recipe, "changes": row.changes}
-    figures["source"] = "/".join(source.parts[-2:])
+    figures |= {"source": "/".join(source.parts[-2:])} | {key: environment()[key] for key in ("created", "commit")}
     protocol, target = PROTOCOLS[model], source
     if row.recipe is not None:
         target = output / row.name / "model.onnx"

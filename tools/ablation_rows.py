@@ -68,6 +68,7 @@ _ACCURATE = _instead(
 # Variants of balanced that leave one thing out: what it is worth with all others there.
 _WITHOUT: tuple[Row, ...] = (
     _instead("no-rotation", "balanced without rotation", _NO_ROTATION),
+    _instead("heads-only", "balanced, rotation of the heads alone", {"rotation.residual": False}),
     _instead("natural-order", "balanced, GPTQ in natural order", {"weights.order": "natural"}),
     _instead("no-token-cap", "balanced, every token counts fully", {"weights.token_cap": 0}),
     _instead("float-weights", "balanced, activations only", {"weights.format": "float"} | _FLOAT_TABLE),

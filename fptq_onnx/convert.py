@@ -91,8 +91,8 @@ def convert(
             float activations), "qdq" (the same rounding simulated in standard operators).
         exclude: Regular expressions; layers whose label or node name they match stay float, on top of the recipe's.
         plan: An edited plan (or its path) whose decisions replace the policy's.
-        fuse: Put norms and SiLU into one op with the quantization behind them, see `FuseQuantizePass`. Faster on CPU;
-            the ops have CPU kernels only.
+        fuse: Put norms and SiLU into one op with the quantization behind them, see `FuseQuantizePass`. Faster on
+            CPU and CUDA.
         dry_run: Calibrate and plan only; write `<output>.plan.json` and no model.
         verify_tokens: Tokens of the calibration data to compare the saved model with the float one on; 0 skips it.
         max_kl: Largest mean KL divergence in nats per token; overrides the recipe's.

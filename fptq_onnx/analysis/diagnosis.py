@@ -11,7 +11,7 @@ import math
 import shlex
 from collections.abc import Callable, Sequence
 
-from fptq_onnx.analysis.evidence import Evidence, label_pattern
+from fptq_onnx.analysis.evidence import Evidence, label_patterns
 from fptq_onnx.analysis.experiments import Experiment
 from fptq_onnx.analysis.inspection import clipped_share, outlier_channels
 from fptq_onnx.analysis.lae import equalization_not_helping
@@ -152,7 +152,7 @@ def _best_action(
     """The cheaper of what helps: another scheme for the range if it recovers nearly as much as float layers."""
     tried: list[tuple[list[str], float]] = []
     kept = evidence.recovered(evidence.without(labels))
-    excluded = [word for label in labels for word in ("--exclude", label_pattern(label))]
+    excluded = [word for pattern in label_patterns(labels) for word in ("--exclude", pattern)]
     recipe = evidence.subject.recipe
     thresholds: dict[str, float] = {}
     if activation_range is not None and recipe.activations.scheme == "policy":
@@ -200,7 +200,7 @@ def culprits(evidence: Evidence) -> list[Finding]:
                 f"{layer.name} alone makes {share:.0%} of all single-layer losses",
                 [layer.name],
                 [f"Quantized alone it loses {layer.metric_loss:.4g}.", reason],
-                command(evidence, "--exclude", label_pattern(layer.name)),
+                command(evidence, "--exclude", *label_patterns([layer.name])),
                 recovered,
                 # Where the cause is known, the rule that names it comes first.
                 recovered * (1.0 if weights else 0.9),
@@ -216,7 +216,7 @@ def ranking(evidence: Evidence) -> list[Finding]:
         return []
     changes = evidence.study.best.changes if evidence.study is not None else {}
     options = [word for name, value in changes.items() for word in ("--set", f"{name}={_yaml(value)}")]
-    options += [word for label in mixed.layers for word in ("--exclude", label_pattern(label))]
+    options += [word for pattern in label_patterns(mixed.layers) for word in ("--exclude", pattern)]
     recovered = 1 - mixed.measured.loss / evidence.whole.loss
     count = len(mixed.layers)
     goal = "reaches" if mixed.reached else "does not reach"

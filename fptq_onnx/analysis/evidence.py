@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,9 @@ from fptq_onnx.analysis.speed import CostModel, Kernel
 from fptq_onnx.analysis.study import Study
 from fptq_onnx.analysis.subject import Planned, Subject
 
-__all__ = ["Evidence", "known_tokens", "label_pattern"]
+__all__ = ["Evidence", "known_tokens", "label_patterns"]
+
+_BLOCK_LABEL = re.compile(r"block\.(?P<block>\d+)\.(?P<role>.+)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +92,21 @@ def known_tokens(laboratory: Laboratory) -> float | None:
     return float(np.isin(evaluation, calibration).mean())
 
 
-def label_pattern(label: str) -> str:
-    r"""The expression for `--exclude` that matches this label alone: block.3.q -> block\.3\.q$."""
-    return label.replace(".", "\\.") + "$"
+def label_patterns(labels: Sequence[str]) -> list[str]:
+    r"""The expressions for `--exclude` that match these labels alone, one for each role.
+
+    block.3.q -> block\.3\.q$; block.3.q, block.5.q -> block\.(3|5)\.q$. Blocks are in order, roles as they come.
+    """
+    blocks: dict[tuple[bool, str], list[int]] = {}
+    for label in labels:
+        match = _BLOCK_LABEL.fullmatch(label)
+        if match is None:
+            blocks[False, label] = []
+        else:
+            blocks.setdefault((True, match["role"]), []).append(int(match["block"]))
+    patterns = []
+    for (_, role), numbers in blocks.items():
+        some = "|".join(map(str, sorted(numbers)))
+        place = rf"block\.({some})\." if len(numbers) > 1 else rf"block\.{some}\." if numbers else ""
+        patterns.append(f"{place}{re.escape(role)}$")
+    return patterns

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from fptq_onnx.analysis.evidence import label_pattern
+from fptq_onnx.analysis.evidence import label_patterns
 from fptq_onnx.analysis.experiments import Experiment, Measurement
 from fptq_onnx.analysis.laboratory import Laboratory
 from fptq_onnx.analysis.mixed import Mixed
@@ -81,7 +81,7 @@ def choose(
         reason = "nothing better was found: the recipe that was asked for"
     changes = experiment.changes
     subject = laboratory.subject(experiment)
-    exclude = [*subject.recipe.layers.exclude, *map(label_pattern, kept)]
+    exclude = [*subject.recipe.layers.exclude, *label_patterns(kept)]
     recipe = subject.recipe.with_overrides(
         {
             "layers.exclude": exclude,

@@ -12,9 +12,9 @@ namespace fptq::cpu {
 /// One call, after the activations were prepared.
 struct GemmCall {
   const PackedWeights* weights = nullptr;
-  const int8_t* a = nullptr;       ///< [rows][a_stride]: A - 128, zero in padding up to padded_k
-  const int32_t* a_sum = nullptr;  ///< [rows][groups]: sums of a over a group
-  const float* a_scale = nullptr;  ///< one, or one per row
+  const int8_t* a = nullptr;         ///< [rows][a_stride]: A - 128, zero in padding up to padded_k
+  const int32_t* a_start = nullptr;  ///< [rows][groups]: StartValue of the sum of a over a group
+  const float* a_scale = nullptr;    ///< one, or one per row
   bool per_token = false;
   int zero_offset = 0;  ///< a_zero_point - 128
   ElementType type = ElementType::kFloat32;
@@ -25,9 +25,9 @@ struct GemmCall {
 using GemmTile = void (*)(const GemmCall& call, int64_t row_begin, int64_t row_end, int64_t strip_begin,
                           int64_t strip_end);
 
-/// `rows` rows of A to GemmCall::a and GemmCall::a_sum.
+/// `rows` rows of A to GemmCall::a and GemmCall::a_start.
 using PrepareActivations = void (*)(const PackedWeights& weights, const uint8_t* a, int64_t rows, int8_t* prepared,
-                                    int32_t* a_sum);
+                                    int32_t* a_start);
 
 /// DynamicQuantizePerToken of `rows` rows of x [rows][k] (see its schema).
 using QuantizeRows = void (*)(const void* x, ElementType type, int64_t rows, int64_t k, uint8_t* y, float* scale);
@@ -49,7 +49,7 @@ struct Kernels {
 /// What the AMX kernels share with those for AVX512-VNNI (by name: a table read at load time would run an initializer).
 namespace avx512vnni {
 void GemmRows(const GemmCall& call, int64_t row_begin, int64_t row_end, int64_t strip_begin, int64_t strip_end);
-void PrepareRows(const PackedWeights& weights, const uint8_t* a, int64_t rows, int8_t* prepared, int32_t* a_sum);
+void PrepareRows(const PackedWeights& weights, const uint8_t* a, int64_t rows, int8_t* prepared, int32_t* a_start);
 void QuantizeRows(const void* x, ElementType type, int64_t rows, int64_t k, uint8_t* y, float* scale);
 void NormRows(const NormCall& call, int64_t begin, int64_t end, float* buffer);
 void SiluMulRows(const SiluMulCall& call, int64_t begin, int64_t end, float* buffer);

@@ -145,8 +145,8 @@ void GemmRows(const GemmCall& call, int64_t row_begin, int64_t row_end, int64_t 
   Gemm(call, row_begin, row_end, strip_begin, strip_end);
 }
 
-void PrepareRows(const PackedWeights& weights, const uint8_t* a, int64_t rows, int8_t* prepared, int32_t* a_sum) {
-  Prepare(weights, a, rows, prepared, a_sum);
+void PrepareRows(const PackedWeights& weights, const uint8_t* a, int64_t rows, int8_t* prepared, int32_t* a_start) {
+  Prepare(weights, a, rows, prepared, a_start);
 }
 
 void QuantizeRows(const void* x, ElementType type, int64_t rows, int64_t k, uint8_t* y, float* scale) {

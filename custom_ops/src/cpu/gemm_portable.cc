@@ -8,13 +8,13 @@ namespace {
 
 // sum_{k in group} (A - zero point) * B for the 16 channels of a strip; exact. The sum fits int32, parts of it need
 // not: unsigned arithmetic, which wraps.
-void GroupSums(const GemmCall& call, const uint8_t* data, const int8_t* a, int64_t octets, int32_t a_sum,
+void GroupSums(const GemmCall& call, const uint8_t* data, const int8_t* a, int64_t octets, int32_t a_start,
                const int32_t* weight_sum, uint32_t* acc) {
   const PackedWeights& w = *call.weights;
   // (a - z) * (u - o) = a u - o a - z (u - o), with a = A - 128, z = zero point - 128, u = B + o, o = 8 or 128
   for (int64_t c = 0; c < kStrip; ++c) {
     const int32_t zero = weight_sum != nullptr ? weight_sum[c] : 0;
-    acc[c] = 0u - static_cast<uint32_t>(w.offset() * a_sum) - static_cast<uint32_t>(call.zero_offset * zero);
+    acc[c] = static_cast<uint32_t>(a_start) - static_cast<uint32_t>(call.zero_offset * zero);
   }
   for (int64_t octet = 0; octet < octets; ++octet, data += w.octet_bytes(), a += kOctet) {
     for (int64_t c = 0; c < kStrip; ++c) {
@@ -42,7 +42,7 @@ void Gemm(const GemmCall& call, int64_t row_begin, int64_t row_end, int64_t stri
         const int64_t first = g * w.group_octets;
         uint32_t acc[kStrip];
         GroupSums(call, w.StripData(strip) + first * w.octet_bytes(), call.a + row * w.a_stride() + first * kOctet,
-                  w.GroupOctets(g), call.a_sum[row * w.groups + g],
+                  w.GroupOctets(g), call.a_start[row * w.groups + g],
                   call.zero_offset != 0 ? w.sum.data() + index : nullptr, acc);
         for (int64_t c = 0; c < kStrip; ++c) {
           if (w.structured) {
@@ -61,7 +61,7 @@ void Gemm(const GemmCall& call, int64_t row_begin, int64_t row_end, int64_t stri
   }
 }
 
-void Prepare(const PackedWeights& w, const uint8_t* a, int64_t rows, int8_t* prepared, int32_t* a_sum) {
+void Prepare(const PackedWeights& w, const uint8_t* a, int64_t rows, int8_t* prepared, int32_t* a_start) {
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t g = 0; g < w.groups; ++g) {
       const int64_t length = w.GroupRows(g);
@@ -72,7 +72,7 @@ void Prepare(const PackedWeights& w, const uint8_t* a, int64_t rows, int8_t* pre
         sum += prepared[i];
       }
       std::fill(prepared + length, prepared + padded, int8_t{0});
-      *a_sum++ = sum;
+      *a_start++ = w.StartValue(sum);
       a += length;
       prepared += padded;
     }

@@ -8,11 +8,14 @@ namespace {
 constexpr int64_t kPanelRows = 256;      // rows prepared at a time: bounds the scratch memory
 constexpr int64_t kTileRows = 16;        // kernels may read whole tiles: of rows, and of 64 bytes
 constexpr int64_t kSmallWork = 1 << 18;  // multiply-adds that are not worth a second thread
+constexpr int64_t kWantedTasks = 32;
 
-// A task's weights should stay in a second-level cache while its rows pass, and with few rows be worth a dispatch.
-int64_t StripsPerTask(const PackedWeights& w, int64_t rows) {
-  const int64_t bytes = rows <= 16 ? 64 << 10 : 256 << 10;
-  const int64_t strips = bytes / (w.strip_bytes());
+// Strips of one task. Its weights should stay in a second-level cache while its rows pass; there should be enough tasks
+// that threads which take them one by one end together, each worth many dispatches.
+int64_t StripsPerTask(const PackedWeights& w, int64_t rows, int64_t row_tasks) {
+  const int64_t bytes = rows <= 16 ? 16 << 10 : 256 << 10;
+  const int64_t wanted = rows <= 16 ? w.strips : CeilDiv(w.strips * row_tasks, kWantedTasks);
+  const int64_t strips = std::min(bytes / w.strip_bytes(), wanted);
   return std::min<int64_t>(std::max<int64_t>(strips / 4 * 4, 4), 16);
 }
 
@@ -20,8 +23,8 @@ int64_t StripsPerTask(const PackedWeights& w, int64_t rows) {
 
 size_t PackedGemm::ScratchBytes(int64_t rows) const {
   const int64_t panel = std::min(rows, kPanelRows);
-  const int64_t sums = panel * weights_.groups * static_cast<int64_t>(sizeof(int32_t));
-  return static_cast<size_t>(RoundUp(panel, kTileRows) * weights_.a_stride() + sums + 2 * kAlignment);
+  const int64_t starts = panel * weights_.groups * static_cast<int64_t>(sizeof(int32_t));
+  return static_cast<size_t>(RoundUp(panel, kTileRows) * weights_.a_stride() + starts + 2 * kAlignment);
 }
 
 void PackedGemm::Run(const Call& call, const Parallel& parallel) const {
@@ -31,31 +34,32 @@ void PackedGemm::Run(const Call& call, const Parallel& parallel) const {
   const size_t element_bytes = type_ == ElementType::kFloat32 ? 4 : 2;
   for (int64_t first = 0; first < call.rows; first += kPanelRows) {
     const int64_t rows = std::min(kPanelRows, call.rows - first);
-    auto* a_sum = reinterpret_cast<int32_t*>(address + RoundUp(rows, kTileRows) * w.a_stride());
+    auto* a_start = reinterpret_cast<int32_t*>(address + RoundUp(rows, kTileRows) * w.a_stride());
     const bool serial = rows * w.k * w.n <= kSmallWork;
     const Parallel pool = serial ? Parallel{} : parallel;
     const int64_t prepare_rows = 8;
     pool.For(CeilDiv(rows, prepare_rows), [&](int64_t task) {
       const int64_t row = task * prepare_rows;
       kernels_.prepare(w, call.a + (first + row) * w.k, std::min(prepare_rows, rows - row),
-                       prepared + row * w.a_stride(), a_sum + row * w.groups);
+                       prepared + row * w.a_stride(), a_start + row * w.groups);
     });
     GemmCall gemm;
     gemm.weights = &w;
     gemm.a = prepared;
-    gemm.a_sum = a_sum;
+    gemm.a_start = a_start;
     gemm.a_scale = call.a_scale + (call.per_token ? first : 0);
     gemm.per_token = call.per_token;
     gemm.zero_offset = call.a_zero_point - kActivationOffset;
     gemm.type = type_;
     gemm.y = static_cast<char*>(call.y) + static_cast<size_t>(first * w.n) * element_bytes;
-    const int64_t task_strips = StripsPerTask(w, rows);
-    const int64_t task_rows = kernels_.rows_per_task;
+    const int64_t row_tasks = CeilDiv(rows, kernels_.rows_per_task);
+    const int64_t task_strips = StripsPerTask(w, rows, row_tasks);
     const int64_t strip_tasks = CeilDiv(w.strips, task_strips);
-    pool.For(strip_tasks * CeilDiv(rows, task_rows), [&](int64_t task) {
+    pool.For(strip_tasks * row_tasks, [&](int64_t task) {
       const int64_t strip = task % strip_tasks * task_strips;
-      const int64_t row = task / strip_tasks * task_rows;
-      kernels_.gemm(gemm, row, std::min(rows, row + task_rows), strip, std::min(w.strips, strip + task_strips));
+      const int64_t part = task / strip_tasks;
+      kernels_.gemm(gemm, rows * part / row_tasks, rows * (part + 1) / row_tasks, strip,
+                    std::min(w.strips, strip + task_strips));
     });
   }
 }

@@ -53,6 +53,10 @@ struct PackedWeights {
   const uint8_t* StripData(int64_t strip) const { return data.data() + strip * strip_bytes(); }
   /// What was added to B: 8 or 128.
   int32_t offset() const { return 1 << (bits - 1); }
+  /// What takes the offset back out of sum a (B + offset), from sum a; modulo 2^32, as all sums here.
+  int32_t StartValue(int32_t a_sum) const {
+    return static_cast<int32_t>(0u - static_cast<uint32_t>(offset()) * static_cast<uint32_t>(a_sum));
+  }
 };
 
 struct WeightSource {

@@ -8,12 +8,20 @@ namespace {
 constexpr int64_t kPanelRows = 256;      // rows prepared at a time: bounds the scratch memory
 constexpr int64_t kTileRows = 16;        // kernels may read whole tiles: of rows, and of 64 bytes
 constexpr int64_t kSmallWork = 1 << 18;  // multiply-adds that are not worth a second thread
+constexpr int64_t kActivationBytes = 3 << 19;
 constexpr int64_t kWantedTasks = 32;
+
+// Rows of one task: whole tiles, of equal number, that stay in a second-level cache while the weights pass.
+int64_t RowsOfTask(const PackedWeights& w, int64_t rows, int64_t most) {
+  const int64_t cached = std::max<int64_t>(kActivationBytes / w.a_stride() / (2 * kTileRows), 1) * 2 * kTileRows;
+  const int64_t tasks = CeilDiv(rows, std::min(most, cached));
+  return RoundUp(CeilDiv(rows, tasks), kTileRows);
+}
 
 // Strips of one task. Its weights should stay in a second-level cache while its rows pass; there should be enough tasks
 // that threads which take them one by one end together, each worth many dispatches.
-int64_t StripsPerTask(const PackedWeights& w, int64_t rows, int64_t row_tasks) {
-  const int64_t bytes = rows <= 16 ? 16 << 10 : 256 << 10;
+int64_t StripsOfTask(const PackedWeights& w, int64_t rows, int64_t row_tasks) {
+  const int64_t bytes = rows <= 16 ? 40 << 10 : 256 << 10;
   const int64_t wanted = rows <= 16 ? w.strips : CeilDiv(w.strips * row_tasks, kWantedTasks);
   const int64_t strips = std::min(bytes / w.strip_bytes(), wanted);
   return std::min<int64_t>(std::max<int64_t>(strips / 4 * 4, 4), 16);
@@ -52,14 +60,14 @@ void PackedGemm::Run(const Call& call, const Parallel& parallel) const {
     gemm.zero_offset = call.a_zero_point - kActivationOffset;
     gemm.type = type_;
     gemm.y = static_cast<char*>(call.y) + static_cast<size_t>(first * w.n) * element_bytes;
-    const int64_t row_tasks = CeilDiv(rows, kernels_.rows_per_task);
-    const int64_t task_strips = StripsPerTask(w, rows, row_tasks);
+    const int64_t task_rows = RowsOfTask(w, rows, kernels_.rows_per_task);
+    const int64_t row_tasks = CeilDiv(rows, task_rows);
+    const int64_t task_strips = StripsOfTask(w, rows, row_tasks);
     const int64_t strip_tasks = CeilDiv(w.strips, task_strips);
     pool.For(strip_tasks * row_tasks, [&](int64_t task) {
       const int64_t strip = task % strip_tasks * task_strips;
-      const int64_t part = task / strip_tasks;
-      kernels_.gemm(gemm, rows * part / row_tasks, rows * (part + 1) / row_tasks, strip,
-                    std::min(w.strips, strip + task_strips));
+      const int64_t row = task / strip_tasks * task_rows;
+      kernels_.gemm(gemm, row, std::min(rows, row + task_rows), strip, std::min(w.strips, strip + task_strips));
     });
   }
 }

@@ -5,6 +5,7 @@
     python tools/ablation.py llama                           # one that `train_lm.py` trained: never quantized before
     python tools/ablation.py gpt2                            # likewise, of another family
     python tools/ablation.py minilm                          # a sentence encoder, never quantized: cosine, ranks
+    python tools/ablation.py recipes --source model.onnx     # the packaged recipes on SmolLM2, on all 22,484 tokens
     python tools/ablation.py smollm2 --rows gptq mse-range   # some rows only; without it all that are still missing
     python tools/ablation.py smollm2 --record                # no measuring: write the rows found as a record
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import os
 import subprocess
@@ -33,7 +35,7 @@ for folder in (Path(__file__).resolve().parent, Path(__file__).resolve().parent.
 
 import assets
 import numpy as np
-from ablation_rows import ENCODER_ROWS, LANGUAGE_ROWS, Row
+from ablation_rows import ENCODER_ROWS, LANGUAGE_ROWS, RECIPE_ROWS, Row
 from gpu_bench.records import environment, write_record
 from rich.console import Console
 from rich.table import Table
@@ -60,7 +62,7 @@ class Protocol:
     """How every row of a run is measured.
 
     Attributes:
-        calibration_windows: Windows of Brown text (calibration half) that each conversion sees.
+        calibration_windows: Windows of Brown text (calibration half) that each conversion sees; 0 for the recipe's own.
         window: Tokens per window, for calibration and evaluation.
         brown_windows: Windows of held-out Brown text: perplexity, KL and top-1 agreement.
         speech_windows: Windows of speeches, another domain: perplexity.
@@ -81,8 +83,20 @@ class Protocol:
 
 
 _SMALL = Protocol(calibration_windows=32, brown_windows=44, speech_windows=16)
-PROTOCOLS = {"smollm2": Protocol(), "llama": _SMALL, "gpt2": _SMALL, "minilm": Protocol()}
-ROWS = {"smollm2": LANGUAGE_ROWS, "llama": LANGUAGE_ROWS, "gpt2": LANGUAGE_ROWS, "minilm": ENCODER_ROWS}
+PROTOCOLS = {
+    "smollm2": Protocol(),
+    "recipes": Protocol(calibration_windows=0, brown_windows=44, speech_windows=44),
+    "llama": _SMALL,
+    "gpt2": _SMALL,
+    "minilm": Protocol(),
+}
+ROWS = {
+    "smollm2": LANGUAGE_ROWS,
+    "recipes": RECIPE_ROWS,
+    "llama": LANGUAGE_ROWS,
+    "gpt2": LANGUAGE_ROWS,
+    "minilm": ENCODER_ROWS,
+}
 
 
 def main() -> int:
@@ -119,7 +133,7 @@ def measure(model: str, row: Row, source: Path, output: Path, progress: Progress
         target = output / row.name / "model.onnx"
         target.parent.mkdir(parents=True, exist_ok=True)
         few = {"calibration.windows": protocol.calibration_windows, "calibration.length": protocol.window}
-        recipe = Recipe.load(row.recipe, few | row.changes)
+        recipe = Recipe.load(row.recipe, (few if protocol.calibration_windows else {}) | row.changes)
         wall, used = time.monotonic(), time.process_time()
         text = assets.brown_text(progress).calibration
         report = convert(
@@ -136,6 +150,8 @@ def measure(model: str, row: Row, source: Path, output: Path, progress: Progress
             "convert_cpu_seconds": round(time.process_time() - used, 1),
             **_summary(report),
         }
+        files = sorted(target.parent.glob("model.onnx*"))
+        figures["sha256"] = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
     figures["megabytes"] = round(sum(file.stat().st_size for file in target.parent.glob("model.onnx*")) / 1e6, 1)
     judge = _judge_encoder if model == "minilm" else _judge_language
     figures |= judge(source, target, protocol, progress)
@@ -242,7 +258,7 @@ def _judge_encoder(source: Path, target: Path, protocol: Protocol, progress: Pro
 def _export(model: str, output: Path) -> Path:
     path = output / "float" / "model.onnx"
     if not path.is_file():
-        given = {"smollm2": assets.smollm2, "minilm": assets.minilm}
+        given = {"smollm2": assets.smollm2, "recipes": assets.smollm2, "minilm": assets.minilm}
         folder = given[model]() if model in given else _trained(model)
         export_model(folder, path.parent, progress=TerminalProgress())
     return path

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["ENCODER_ROWS", "LANGUAGE_ROWS", "Row"]
+__all__ = ["ENCODER_ROWS", "LANGUAGE_ROWS", "RECIPE_ROWS", "Row"]
 
 
 @dataclass(frozen=True)
@@ -93,4 +93,17 @@ ENCODER_ROWS: tuple[Row, ...] = (
     ),
     _instead("bias-correction", "balanced, bias correction", {"weights.bias_correction": True}),
     _instead("asymmetric", "balanced, asymmetric static activations", {"activations.symmetric": False}),
+)
+
+# The packaged recipes as they are, and what their parts cost.
+RECIPE_ROWS: tuple[Row, ...] = (
+    Row("float", "float32", None, {}),
+    Row("paper", "paper", "paper", {}),
+    Row("paper-signed8", "paper, int4 on -8..7", "paper", {"weights.grid": "signed8"}),
+    Row("paper-activations", "paper, activations only", "paper", {"weights.format": "float"}),
+    Row("paper-per-token", "paper, int4 on -8..7, all per token", "paper", {"weights.grid": "signed8"} | _PER_TOKEN),
+    Row("balanced", "balanced", "balanced", {}),
+    Row("balanced-activations", "balanced, activations only", "balanced", {"weights.format": "float"} | _FLOAT_TABLE),
+    Row("balanced-no-rotation", "balanced without rotation", "balanced", _NO_ROTATION),
+    Row("accurate", "accurate", "accurate", {}),
 )

@@ -167,7 +167,9 @@ def _draw_ablation(kind: str, records: Sequence[Record]) -> str:
             "float model's embedding, rank correlation of the similarities of all pairs; tokens per second of "
             "processor time with one thread, 16 texts at a time"
         )
-    what = f"Calibrated on {protocol['calibration_windows']} windows of {protocol['window']} tokens; {judged}."
+    count = protocol["calibration_windows"]
+    data = f"{count} windows of {protocol['window']} tokens" if count else "the windows that each recipe asks for"
+    what = f"Calibrated on {data}; {judged}."
     source = (
         f"onnxruntime {record['versions'].get('onnxruntime', '-')}, {record['created'][:10]} "
         f"([record](tools/records/{record['file']}))"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from ablation_rows import ENCODER_ROWS, LANGUAGE_ROWS, STEPS, Row
+from ablation_rows import ENCODER_ROWS, LANGUAGE_ROWS, RECIPE_ROWS, STEPS, Row
 from make_tables import draw
 
 from fptq_onnx.recipe import Recipe
 
-EVERY = [*LANGUAGE_ROWS, *ENCODER_ROWS]
+EVERY = [*LANGUAGE_ROWS, *ENCODER_ROWS, *RECIPE_ROWS]
 
 
 @pytest.mark.parametrize("row", EVERY, ids=lambda row: row.name)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import bench_cpu
 import cpu_bench.kernels
+import cpu_bench.llama_cpp
 import cpu_bench.records
 import families
 import pytest
@@ -52,13 +53,15 @@ def test_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = families.model("llama", families.GENAI_FP32).path
     names = ["float32", "MatMulNBits b128", "dynamic int8", "W4A8", "W4A8 unfused", "W4A8 float head"]
     arguments = ["models", str(source), "--variants", ",".join(names), "--prefill", "8", "--past", "8", "--profile"]
-    arguments += ["--threads", "1", "--rounds", "1", "--seconds", "0.01", "--openvino"]
+    arguments += ["--threads", "1", "--rounds", "1", "--seconds", "0.01", "--openvino", "--llama-cpp", "tiny.Q4_1.gguf"]
+    monkeypatch.setattr(cpu_bench.llama_cpp, "is_installed", lambda: False)
     record = _record(arguments, tmp_path / "record.json", monkeypatch)
     assert [row["phase"] for row in record["rows"]] == ["prefill 8", "decode after 8"]
     for row in record["rows"]:
         assert list(row["tokens_per_s"])[: len(names)] == names and min(row["tokens_per_s"].values()) > 0
         # Each peer was measured, or the record says why not.
         assert set(OPENVINO) <= set(row["tokens_per_s"]) | set(record["unavailable"])
+        assert record["unavailable"]["llama.cpp Q4_1"] == "xllamacpp is not installed"
     for profile in record["profile"].values():
         assert "SkipRMSNormQuantize" in profile["W4A8"] and "W8A8MatMul (head)" in profile["W4A8"]
         assert "QuantizeLinear" in profile["W4A8 unfused"] and "MatMul (head)" in profile["W4A8 float head"]

@@ -18,6 +18,7 @@ import onnxruntime as ort
 from rich.console import Console
 from rich.table import Table
 
+from cpu_bench import llama_cpp
 from cpu_bench.decoder_file import head_size
 from cpu_bench.peers import OPENVINO, OpenVinoDecoder, missing_package
 from cpu_bench.records import write_record
@@ -38,6 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--variants", type=lambda text: text.split(","), default=DEFAULT, help=f"of {', '.join(VARIANTS)}"
     )
     parser.add_argument("--openvino", action="store_true", help="also OpenVINO, where it is installed")
+    parser.add_argument(
+        "--llama-cpp",
+        type=Path,
+        metavar="GGUF",
+        help=f"also llama.cpp on this file of the same decoder, where {llama_cpp.PACKAGE} is installed",
+    )
     parser.add_argument("--folder", type=Path, help="where the variants are kept (default: nowhere)")
     parser.add_argument("--prefill", type=int, default=512, help="tokens of the prompt (default %(default)s)")
     parser.add_argument("--past", type=int, default=512, help="cached tokens when decoding (default %(default)s)")
@@ -107,6 +114,10 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console(stderr=True)
     phases = _phases(arguments)
     missing = {name: missing_package(name) for name in OPENVINO} if arguments.openvino else {}
+    llama_name = f"llama.cpp {arguments.llama_cpp.stem.rsplit('.', 1)[-1]}" if arguments.llama_cpp else ""
+    if llama_name:
+        missing[llama_name] = None if llama_cpp.is_installed() else llama_cpp.PACKAGE
+    peers: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
         paths = {}
@@ -117,11 +128,15 @@ def run(arguments: argparse.Namespace) -> int:
         capacity = max(past + tokens for past, tokens in phases.values())
         rows = []
         for threads in arguments.threads:
-            decoders: dict[str, GenaiDecoder | OpenVinoDecoder] = {
+            decoders: dict[str, GenaiDecoder | OpenVinoDecoder | llama_cpp.LlamaCppDecoder] = {
                 name: GenaiDecoder(path, threads, capacity) for name, path in paths.items()
             }
             for name in [name for name, package in missing.items() if package is None]:
-                decoders[name] = OpenVinoDecoder(name, arguments.model, threads)
+                if name == llama_name:
+                    decoder = llama_cpp.LlamaCppDecoder(arguments.llama_cpp, threads, capacity)
+                    decoders[name], peers[name] = decoder, decoder.features()
+                else:
+                    decoders[name] = OpenVinoDecoder(name, arguments.model, threads)
             for phase, (past, tokens) in phases.items():
                 console.print(f"{phase}, {threads} threads")
                 timers = {name: decoder.timer(past, tokens) for name, decoder in decoders.items()}
@@ -140,6 +155,7 @@ def run(arguments: argparse.Namespace) -> int:
                 "weights": "rounded to nearest: these models are for timing only",
             },
             "unavailable": {name: f"{package} is not installed" for name, package in missing.items() if package},
+            "peers": peers,
             "rows": rows,
         }
         if arguments.profile:

@@ -18,7 +18,7 @@ from fptq_onnx import ops
 __all__ = ["RECORDS", "machine", "record_path", "write_record"]
 
 RECORDS = Path(__file__).resolve().parent.parent / "records"
-PACKAGES = ("onnxruntime", "numpy", "openvino", "llama-cpp-python")
+PACKAGES = ("onnxruntime", "numpy", "openvino", "nncf", "xllamacpp")
 
 
 def machine() -> dict[str, Any]:

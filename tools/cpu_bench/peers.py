@@ -28,6 +28,21 @@ def missing_package(name: str) -> str | None:
     return next((package for package in needed if importlib.util.find_spec(package) is None), None)
 
 
+def _int4_weights(model: Any) -> Any:
+    """int4 weights in groups of 64. nncf refuses the untyped constants that stand for absent inputs of attention."""
+    import nncf
+    from openvino import opset13
+
+    absent = [(port, port.get_source_output()) for node in model.get_ops() for port in node.inputs()]
+    absent = [(port, source) for port, source in absent if source.get_element_type().is_dynamic()]
+    for port, _ in absent:
+        port.replace_source_output(opset13.constant(np.zeros(0, np.float32)).output(0))
+    model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT4_SYM, group_size=64, ratio=1.0)
+    for port, source in absent:
+        port.replace_source_output(source)
+    return model
+
+
 class OpenVinoDecoder:
     """A compiled decoder with explicit cache inputs; each run makes its present outputs anew."""
 
@@ -39,9 +54,7 @@ class OpenVinoDecoder:
         core = openvino.Core()
         model = core.read_model(path)
         if int4:
-            import nncf
-
-            model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT4_SYM, group_size=64, ratio=1.0)
+            model = _int4_weights(model)
         options = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": precision}
         self._request = core.compile_model(model, "CPU", options).create_infer_request()
         self._inputs = {value.get_any_name(): value.get_partial_shape() for value in model.inputs}

@@ -8,9 +8,9 @@
     python tools/bench_cpu.py memory
 
 All contenders of a case run in one process, interleaved, and are reported as ratios of medians: absolute times depend
-on the machine and its neighbours. With one thread the clock of "kernels" is that thread's processor time, else wall
-time. Ours is DynamicQuantizePerToken + W4A8MatMul, float32 in and out, once with free float scales and once with
-integer-structured ones. Each mode prints a table and writes a JSON record to tools/records/.
+on the machine and its neighbours. With one thread the clock is processor time, which does not count what else the
+machine does, else wall time. Ours is DynamicQuantizePerToken + W4A8MatMul, float32 in and out, once with free float
+scales and once with integer-structured ones. Each mode prints a table and writes a JSON record to tools/records/.
 """
 
 from __future__ import annotations

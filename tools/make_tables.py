@@ -100,6 +100,29 @@ def _cpu_models(record: Record) -> str:
     return f"Tokens per second, all logits.\n\n{markdown_table(['', 'threads', *names], cells)}"
 
 
+CHOSEN = "chosen by the library"
+
+
+def _is_forced(record: Record) -> bool:
+    """Whether FPTQ_CPU_ISA chose the kernels."""
+    return record["kind"] == "cpu-kernels" and record["machine"]["kernels"] != CHOSEN
+
+
+def _draw_forced(records: Sequence[Record]) -> str:
+    """The newest record of each instruction set that was forced: what an older processor of this speed would get."""
+    newest = {record["machine"]["kernels"]: record for record in records if _is_forced(record)}
+    cells = []
+    for kernels, record in newest.items():
+        row = record["rows"][0]
+        layer, times = f"{row['k']}x{row['n']}", {row["rows"]: row["times"] for row in record["rows"]}
+        gops = 2 * row["k"] * row["n"] / 1e6
+        figures = {m: times[m]["fptq structured"]["median_ms"] for m in CPU_ROWS if m in times}
+        shown = [f"{figures[m]:.3f} ({gops * m / figures[m]:.0f})" if m in figures else "-" for m in CPU_ROWS]
+        cells.append([kernels, layer, *shown, f"[record](tools/records/{record['file']})"])
+    heads = ["FPTQ_CPU_ISA", "layer", *(f"M={m}, ms (GOP/s)" for m in CPU_ROWS), ""]
+    return f"One thread, integer-structured scales.\n\n{markdown_table(heads, cells)}\n"
+
+
 CPU_TABLES: dict[str, Callable[[Record], str]] = {"cpu-kernels": _cpu_kernels, "cpu-models": _cpu_models}
 
 
@@ -107,7 +130,7 @@ def _draw_cpu(name: str, records: Sequence[Record]) -> str:
     """One table for each processor that records of the kind exist for, of the newest rows for each thread count."""
     newest: dict[str, dict[int, Record]] = {}
     for record in records:
-        if record["kind"] == name:
+        if record["kind"] == name and not _is_forced(record):
             by_threads = newest.setdefault(record["machine"]["cpu"], {})
             by_threads.update(dict.fromkeys((row["threads"] for row in record["rows"]), record))
     if not newest:
@@ -197,6 +220,8 @@ def draw(name: str, records: Sequence[Record]) -> str:
     """
     if name in CPU_TABLES:
         return _draw_cpu(name, records)
+    if name == "cpu-instruction-sets":
+        return _draw_forced(records)
     if name.startswith("ablation-"):
         return _draw_ablation(name, records)
     if name not in TABLES:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from cpu_bench.timing import clock_for
 
 __all__ = ["PACKAGE", "LlamaCppDecoder", "is_installed"]
 
@@ -102,6 +103,7 @@ class LlamaCppDecoder:
         self._context = library.llama_init_from_model(model, parameters)
         if not self._context:
             raise RuntimeError(f"{path}: llama.cpp cannot create a context of {capacity} positions")
+        self._clock = clock_for(threads)
         library.llama_set_n_threads(self._context, threads, threads)
         self._vocabulary = library.llama_vocab_n_tokens(library.llama_model_get_vocab(model))
 
@@ -119,9 +121,9 @@ class LlamaCppDecoder:
 
         def once() -> float:
             self._library.llama_memory_seq_rm(memory, 0, past, -1)
-            start = time.perf_counter()
+            start = self._clock()
             self._run(batch)
-            return time.perf_counter() - start
+            return self._clock() - start
 
         return once
 

@@ -7,7 +7,6 @@ import json
 import os
 import statistics
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,7 @@ from cpu_bench import llama_cpp
 from cpu_bench.decoder_file import head_size
 from cpu_bench.peers import OPENVINO, OpenVinoDecoder, missing_package
 from cpu_bench.records import write_record
-from cpu_bench.timing import measure
+from cpu_bench.timing import CLOCK, clock_for, measure
 from cpu_bench.variants import VARIANTS, write_variant
 from fptq_onnx import ops
 
@@ -74,6 +73,7 @@ class GenaiDecoder:
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, profile
         self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._clock = clock_for(threads)
         self._cache = {}
         head = head_size(path)
         for value in self.session.get_inputs():
@@ -94,9 +94,9 @@ class GenaiDecoder:
         binding.bind_output("logits")
 
         def once() -> float:
-            start = time.perf_counter()
+            start = self._clock()
             self.session.run_with_iobinding(binding)
-            return time.perf_counter() - start
+            return self._clock() - start
 
         return once
 
@@ -149,6 +149,7 @@ def run(arguments: argparse.Namespace) -> int:
         content: dict[str, Any] = {
             "protocol": {
                 "unit": "milliseconds per run: median, least and greatest over rounds of a round's median",
+                "clock": CLOCK,
                 "prefill": "all logits, empty cache",
                 "decode": "one token; the cache is one buffer per layer, read and appended to in place",
                 "rounds": arguments.rounds,

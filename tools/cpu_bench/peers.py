@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from cpu_bench.decoder_file import head_size
+from cpu_bench.timing import clock_for
 
 __all__ = ["OPENVINO", "OpenVinoDecoder", "missing_package"]
 
@@ -55,6 +55,7 @@ class OpenVinoDecoder:
         model = core.read_model(path)
         if int4:
             model = _int4_weights(model)
+        self._clock = clock_for(threads)
         options = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": precision}
         self._request = core.compile_model(model, "CPU", options).create_infer_request()
         self._inputs = {value.get_any_name(): value.get_partial_shape() for value in model.inputs}
@@ -75,8 +76,8 @@ class OpenVinoDecoder:
                 feeds[name] = np.zeros((1, self._heads, past, self._size), np.float32)
 
         def once() -> float:
-            start = time.perf_counter()
+            start = self._clock()
             self._request.infer(feeds, share_inputs=True, share_outputs=True)
-            return time.perf_counter() - start
+            return self._clock() - start
 
         return once

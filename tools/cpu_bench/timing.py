@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 
-__all__ = ["measure"]
+__all__ = ["CLOCK", "clock_for", "measure"]
+
+CLOCK = "processor time of the process with one thread, wall time with more"
+
+
+def clock_for(threads: int) -> Callable[[], float]:
+    """The clock for so many threads, see `CLOCK`: with one, whatever else the machine does is not counted."""
+    return time.process_time if threads == 1 else time.perf_counter
 
 
 def measure(timers: dict[str, Callable[[], float]], rounds: int, seconds: float) -> dict[str, dict[str, float]]:

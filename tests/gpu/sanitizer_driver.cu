@@ -135,6 +135,7 @@ constexpr Path kPaths[] = {
     {"stream, bulk copies, split 4", {1, 1, 16, 0, 4, 0, 0}, 90},
     {"stream, cp.async", {1, 2, 0, 0, 0, 0, 0}, 80},
     {"warpgroup 64x128", {2, 0, 64, 128, 0, 0, 0}, 90},
+    {"warpgroup 64x128, split 3", {2, 0, 64, 128, 3, 0, 0}, 90},
     {"warpgroup 128x128", {2, 0, 128, 128, 0, 0, 0}, 90},
     {"warpgroup 128x192", {2, 0, 128, 192, 0, 0, 0}, 90},
     {"warpgroup 128x256", {2, 0, 128, 256, 0, 0, 0}, 90},
@@ -159,7 +160,7 @@ class Driver {
     std::vector<float> scale(static_cast<size_t>(groups) * p.n);
     for (size_t i = 0; i < scale.size(); ++i) {
       const float base = std::ldexp(1.0f, -8 + static_cast<int>(i % p.n % 3));
-      const float value = p.max_multiple > 0 ? base * static_cast<float>(Uniform(1, p.max_multiple))
+      const float value = p.max_multiple > 0 ? base * static_cast<float>(Uniform(-p.max_multiple, p.max_multiple))
                                              : 0.002f + 0.0001f * static_cast<float>(Uniform(-15, 100));
       uint8_t* const at = scale_bytes.data() + i * Typed::Size(p.dtype);
       Typed::Put(p.dtype, value, at);
@@ -200,6 +201,7 @@ class Driver {
       if (bulk && p.k % 16 != 0) continue;
       // Tiles of 192 channels are for integer-structured scales, those of 256 not for groups of less than 128.
       if (path.options.tile_n == 192 && p.max_multiple == 0) continue;
+      if (path.options.split_k == 3 && p.k <= 2 * 128) continue;  // a block of K for each
       if (path.options.tile_n == 256 && p.max_multiple == 0 && p.block < 128) continue;
       const size_t bytes = expected.size() * Typed::Size(p.dtype);
       const Buffer<uint8_t> y(std::vector<uint8_t>(bytes, 0xFF));  // NaN in every dtype

@@ -24,7 +24,7 @@ def test_kernel_is_one_that_runs_here(library: str, rows: int, integer: bool) ->
     name = kernel_name(Product(rows, 4096, 4096, 128, integer, 2), cuda_device=0)
     assert name.split()[0] in describe_library(library).gpus[0].kernels
     if torch.cuda.get_device_capability(0) == (9, 0):
-        assert name.split()[0] == ("stream" if rows <= 16 else "warpgroup")
+        assert name.split()[0] == ("stream" if rows <= 64 else "warpgroup")
 
 
 def test_doctor_finds_nothing_broken(library: str) -> None:

@@ -89,7 +89,8 @@ def test_integer_part_is_exact(library, generator, tokens, structured):
     """Unit scales and a float32 output show the kernel's integer sums, which prove that activations are int8."""
     shape, block = Shape(4096 + 64, 1024 + 40), 128
     weight = random_weight(shape, block, torch.float32, generator, structured=structured)
-    multiples = torch.randint(1, 16 if structured else 2, weight.scale.shape, device="cuda", generator=generator)
+    low, high = (-15, 16) if structured else (1, 2)
+    multiples = torch.randint(low, high, weight.scale.shape, device="cuda", generator=generator)
     weight = Weight(weight.values, multiples.float(), block, 15 if structured else 0)
     a = torch.randint(0, 256, (tokens, shape.k), dtype=torch.uint8, device="cuda", generator=generator)
     model = layer_model(weight, Activation.QUANTIZED, per_token=False, zero_point=101)

@@ -190,6 +190,22 @@ def test_weights_are_held_once(library, tmp_path, generator):
     assert packed <= used <= 1.1 * packed
 
 
+@pytest.mark.parametrize("tokens", [1, 16, 40, 300])
+def test_integer_structured_scales_give_the_cpus_bytes(library, generator, tokens):
+    """With multipliers of both signs, as the recipes choose them: all sums are integers on both providers."""
+    import onnxruntime as ort
+
+    weight = random_weight(Shape(1024, 384), 128, torch.float16, generator, structured=True)
+    assert weight.scale.min() < 0 < weight.scale.max()
+    model = layer_model(weight, Activation.PER_TOKEN)
+    x = random_activations(tokens, 1024, torch.float16, generator).cpu().numpy()
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(library)
+    cpu = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"]).run(None, {"X": x})
+    for on_cpu, on_cuda in zip(cpu, cuda_session(model, library=library).run(None, {"X": x}), strict=True):
+        assert np.array_equal(on_cpu, on_cuda)
+
+
 def test_falls_back_to_the_cpu_kernel_without_cuda_provider(library, tmp_path, generator):
     """One file, one library: the same model runs on the CPU provider and agrees within the output type's rounding."""
     import onnxruntime as ort

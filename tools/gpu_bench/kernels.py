@@ -260,6 +260,8 @@ def check_kernels(ours: Ours, tokens: int) -> dict[str, Any]:
     multiples = torch.randint(
         1, max(weight.scale_max_multiple, 1) + 1, weight.scale.shape, device=device, generator=ours.generator
     )
+    if weight.scale_max_multiple:
+        multiples *= torch.randint(0, 2, multiples.shape, device=device, generator=ours.generator) * 2 - 1
     unit = Weight(weight.values, multiples.float(), weight.block, weight.scale_max_multiple)
     sums = product(library.pack(unit), torch.ones(1, device=device))
     columns = torch.randperm(ours.shape.n, device=device, generator=ours.generator)[:SAMPLED_COLUMNS]

@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "of a label creates its session with ORT_FPA_INTB_GEMM=1",
     )
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
+    parser.add_argument("--prefill-batches", type=int, nargs="+", help="batches with a prompt (default: all of them)")
     parser.add_argument("--prefill", type=int, default=512, help="tokens of the prompt (default %(default)s)")
     parser.add_argument("--past", type=int, default=512, help="cached tokens when decoding (default %(default)s)")
     parser.add_argument("--network", default="", help="what the models are, for the record and its table")
@@ -70,6 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
     rows = []
     for graph_id, batch in enumerate(arguments.batches):
         for phase in ("prefill", "decode"):
+            if phase == "prefill" and batch not in (arguments.prefill_batches or arguments.batches):
+                continue
             rows += _measure(phase, batch, graph_id, sessions, decoders, facts, arguments)
     print(_table(rows, list(models)))
     for label, fact in facts.items():

@@ -69,7 +69,7 @@ class Weight:
         values: int8 [K, N], integers -8..7.
         scale: [ceil(K / block), N] of the compute type.
         block: Input channels that share a scale.
-        scale_max_multiple: 15 if every column's scales are base * i with 1 <= i <= 15, else 0.
+        scale_max_multiple: 15 if every column's scales are base * i with 1 <= |i| <= 15, else 0.
     """
 
     values: torch.Tensor
@@ -93,7 +93,7 @@ def random_weight(
         block: Channels per scale; the last block may be short.
         dtype: Type of the scales.
         generator: Its device is where the weight is made.
-        structured: Give every column scales that are small multiples of one base, exact in `dtype`.
+        structured: Give every column scales that are small multiples, of both signs, of one base, exact in `dtype`.
     """
     device = generator.device
     blocks = -(-shape.k // block)
@@ -112,6 +112,8 @@ def random_weight(
             # Four bits fewer in the base leave room for a factor up to 15 in any of the types.
             base = _round_mantissa(wanted.amax(dim=0) / SCALE_MAX_MULTIPLE, 3)
             wanted = (wanted / base).ceil().clamp(1, SCALE_MAX_MULTIPLE) * base
+            # A grid of -8..7 reaches farther on one side: quantizers choose the sign of a scale.
+            wanted *= torch.randint(0, 2, wanted.shape, device=device, generator=generator) * 2 - 1
         scale[:, columns] = wanted.to(dtype)
         grid = weight / scale[:, columns].float().unsqueeze(1)
         values[:, columns] = grid.round().clamp(-8, 7).to(torch.int8).view(-1, width)[: shape.k]

@@ -40,7 +40,7 @@ FPTQ_HD constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b
 /// How the values of a block are encoded.
 enum class Encoding : int32_t {
   kFloat = 0,    ///< nibble = q (two's complement): unpacks to the int8 16 * q; scales are T
-  kInteger = 1,  ///< nibble = unsigned digit, unpacks to the int8 q * i; multipliers are IntegerScale
+  kInteger = 1,  ///< nibble = unsigned digit q + 8, unpacks to the int8 q * i; multipliers are IntegerScale
   kInt8 = 2,     ///< the int8 values themselves (W8A8), blocks of twice the size
 };
 
@@ -172,18 +172,16 @@ FPTQ_HD int ReadInt4(const uint8_t* data, int64_t i) {
   return (nibble ^ 8) - 8;
 }
 
-/// One multiplier of integer-structured scales, as kernels read it: q * i = digit * magnitude + offset - 128.
+/// One multiplier of integer-structured scales, as kernels read it: q * i = (q + 8) * multiplier + offset - 128.
 struct IntegerScale {
-  uint8_t magnitude;  ///< |i|, 0..15
-  uint8_t offset;     ///< 128 - 8 |i| for i >= 0, 128 - 7 |i| for i < 0
+  int8_t multiplier;  ///< i, -15..15
+  uint8_t offset;     ///< 128 - 8 i, 8..248
 
   FPTQ_HD static constexpr IntegerScale Of(int i) {
-    const int magnitude = i < 0 ? -i : i;
-    return {static_cast<uint8_t>(magnitude), static_cast<uint8_t>(128 - (i < 0 ? 7 : 8) * magnitude)};
+    return {static_cast<int8_t>(i), static_cast<uint8_t>(128 - 8 * i)};
   }
-  /// The unsigned digit that stores q under multiplier i: q + 8, or 7 - q where i is negative.
-  FPTQ_HD static constexpr uint32_t Digit(int q, int i) { return static_cast<uint32_t>(i < 0 ? 7 - q : q + 8); }
 };
+inline constexpr int kDigitOffset = 8;  ///< the unsigned digit that stores q is q + 8
 
 /// The four int8 fragment registers of one tensor-core step, in the operand order of mma and wgmma:
 /// a0 (row, k), a1 (row + 8, k), a2 (row, k + 16), a3 (row + 8, k + 16).
@@ -198,8 +196,7 @@ FPTQ_HD Fragment UnpackFloat(uint32_t even, uint32_t odd) {
 }
 inline constexpr float kFloatEncodingScale = 1.0f / 16;
 
-/// Values 16 * (digit - 8) of the integer encoding; with multipliers i >= 0 that is 16 * q, to be multiplied by i / 16
-/// once per group of rows instead of once per value.
+/// Values 16 * q of the integer encoding, to be multiplied by i / 16 once per group of rows instead of once per value.
 FPTQ_HD Fragment UnpackDigits(uint32_t even, uint32_t odd) {
   constexpr uint32_t kHigh = 0xF0F0F0F0u;
   constexpr uint32_t kSign = 0x80808080u;
@@ -209,30 +206,34 @@ inline constexpr int kDigitShift = 4;
 
 /// The multipliers of the two channels of a thread, spread for UnpackInteger.
 struct SpreadScales {
-  uint32_t magnitude[2];
-  uint32_t offset[2];  ///< in all four bytes
+  uint32_t multiplier[2];  ///< modulo 2^32
+  uint32_t offset[2];      ///< in all four bytes
 };
+
+/// The multiplier of one IntegerScale in the low half of a word.
+FPTQ_HD int Multiplier(uint32_t scale) { return static_cast<int8_t>(scale & 0xFF); }
 
 /// `pair`: two IntegerScale, even channel in the low half.
 FPTQ_HD SpreadScales Spread(uint32_t pair) {
-  return {{pair & 0xFF, pair >> 16 & 0xFF}, {(pair >> 8 & 0xFF) * 0x01010101u, (pair >> 24) * 0x01010101u}};
+  return {{static_cast<uint32_t>(Multiplier(pair)), static_cast<uint32_t>(Multiplier(pair >> 16))},
+          {(pair >> 8 & 0xFF) * 0x01010101u, (pair >> 24) * 0x01010101u}};
 }
 
-/// Values q * i: digit * |i| + offset stays below 256, so four bytes are multiplied at once; flipping the top bit
-/// subtracts the 128 in the offset.
+/// Values q * i: digit * i + offset is 8..248 in every byte, so four bytes are multiplied at once (what a negative
+/// product borrows from the next byte, its offset gives back: all is modulo 2^32); flipping the top bit subtracts the
+/// 128 in the offset.
 FPTQ_HD Fragment UnpackInteger(uint32_t even, uint32_t odd, const SpreadScales& scales) {
   constexpr uint32_t kLow = 0x0F0F0F0Fu;
   constexpr uint32_t kSign = 0x80808080u;
-  return {{((even & kLow) * scales.magnitude[0] + scales.offset[0]) ^ kSign,
-           ((odd & kLow) * scales.magnitude[1] + scales.offset[1]) ^ kSign,
-           ((even >> 4 & kLow) * scales.magnitude[0] + scales.offset[0]) ^ kSign,
-           ((odd >> 4 & kLow) * scales.magnitude[1] + scales.offset[1]) ^ kSign}};
+  return {{((even & kLow) * scales.multiplier[0] + scales.offset[0]) ^ kSign,
+           ((odd & kLow) * scales.multiplier[1] + scales.offset[1]) ^ kSign,
+           ((even >> 4 & kLow) * scales.multiplier[0] + scales.offset[0]) ^ kSign,
+           ((odd >> 4 & kLow) * scales.multiplier[1] + scales.offset[1]) ^ kSign}};
 }
 
-/// Packs the word `word` of block (strip, k_block). `multiplier(row, n)` gives i for the integer encoding.
-template <class Multiplier>
+/// Packs the word `word` of block (strip, k_block) of int4 weights b [k, n].
 FPTQ_HD uint32_t PackWord(const Layout& layout, Encoding encoding, const uint8_t* b, int64_t strip, int64_t k_block,
-                          int word, Multiplier multiplier) {
+                          int word) {
   const WordOrigin origin = OriginOfWord(word);
   const int64_t n = strip * kStripN + origin.channel;
   uint32_t packed = 0;
@@ -240,11 +241,7 @@ FPTQ_HD uint32_t PackWord(const Layout& layout, Encoding encoding, const uint8_t
     const int byte = nibble / 2;
     const int64_t k = k_block * kBlockK + (nibble % 2 == 0 ? origin.low_k : origin.high_k) + byte;
     const int q = n < layout.n && k < layout.k ? ReadInt4(b, k * layout.n + n) : 0;
-    uint32_t digit = static_cast<uint32_t>(q) & 0xF;
-    if (encoding == Encoding::kInteger) {
-      const int64_t row = k < layout.k ? k / layout.block_size : (layout.k - 1) / layout.block_size;
-      digit = IntegerScale::Digit(q, n < layout.n ? multiplier(row, n) : 0);
-    }
+    const uint32_t digit = static_cast<uint32_t>(encoding == Encoding::kInteger ? q + kDigitOffset : q) & 0xF;
     packed |= digit << (4 * nibble);
   }
   return packed;

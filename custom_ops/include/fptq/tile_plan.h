@@ -85,7 +85,7 @@ struct DeviceLimits {
   int multiprocessors;
   int shared_per_cta;
   int shared_per_multiprocessor;
-  int clusters[9];  ///< [size]: clusters of 1, 2, 4 or 8 CTAs that run at once, one CTA on each multiprocessor
+  int clusters[9];  ///< [size]: clusters of 1 to 8 CTAs that run at once, one CTA on each multiprocessor
 };
 
 /// Deepest ring of at most `blocks` stages.
@@ -235,8 +235,8 @@ inline Config ChooseWarpgroup(const DeviceLimits& device, const packing::Layout&
     if (wanted.tile_n != 0 && wanted.tile_n != shape.tile_n) continue;
     const int64_t tiles =
         packing::CeilDiv(m, shape.tile_m) * packing::CeilDiv(layout.strips * packing::kStripN, shape.tile_n);
-    for (int split = 1; split <= 8; split *= 2) {
-      if (wanted.split_k != 0 && wanted.split_k != split) continue;
+    for (int split = 1; split <= 8; ++split) {
+      if (split > blocks || (wanted.split_k != 0 && wanted.split_k != split)) continue;
       if (split > 1 && shape.tile_n == 256) continue;  // the kernel splits tiles of one strip per warpgroup only
       if (wanted.split_k == 0 && split > 1 && (tiles > device.clusters[split] || blocks / split < 4)) continue;
       const int64_t waves = split > 1 ? 1 : packing::CeilDiv(tiles, device.multiprocessors);

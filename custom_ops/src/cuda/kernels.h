@@ -40,7 +40,7 @@ struct Device {
 
   plan::DeviceLimits Limits() const {
     plan::DeviceLimits limits{multiprocessors, max_shared_bytes, shared_per_multiprocessor, {}};
-    for (int size : {1, 2, 4, 8}) limits.clusters[size] = clusters[size];
+    for (int size = 1; size <= 8; ++size) limits.clusters[size] = clusters[size];
     return limits;
   }
   bool HasBulkCopies() const { return capability >= 90; }

@@ -23,7 +23,7 @@ typedef struct FptqMatMulOptions {
   int32_t loader;   // streaming kernel: 0 = chosen, 1 = bulk copies (sm_90+), 2 = cp.async
   int32_t tile_m;   // tokens per CTA; 0 = chosen. streaming: 8, 16, 32, 64; warpgroup: 64, 128
   int32_t tile_n;   // channels per CTA; 0 = chosen. warpgroup: 128, 192, 256; the streaming kernel has its own
-  int32_t split_k;  // CTAs of one cluster that share a tile; 0 = chosen, else 1, 2, 4, 8
+  int32_t split_k;  // CTAs of one cluster that share a tile; 0 = chosen, else 1 to 8; streaming: 2, 4, 8
   int32_t stages;   // depth of the shared-memory ring; 0 = chosen
   int32_t overlap;  // programmatic dependent launch: 0 = on, 1 = off
 } FptqMatMulOptions;

@@ -9,7 +9,10 @@ namespace fptq::cuda {
 namespace {
 
 constexpr int kMaxDevices = 64;
-constexpr int64_t kStreamRows = 16;  // up to here the streaming kernel is faster than the warpgroup kernel
+
+/// Rows up to which the streaming kernel is faster than the warpgroup kernel (measured). Small weights make too few
+/// tiles of the latter to fill the device.
+int64_t StreamRows(const packing::Layout& layout) { return layout.WeightBytes() <= 16 << 20 ? 64 : 16; }
 
 Device Query(int index) {
   Device device;
@@ -29,7 +32,7 @@ Device Query(int index) {
     Check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &device.encode_tensor_map, 12000,
                                            cudaEnableDefault, &result),
           "cudaGetDriverEntryPointByVersion");
-    for (int size : {1, 2, 4, 8}) device.clusters[size] = MaxActiveClusters(device, size);
+    for (int size = 1; size <= 8; ++size) device.clusters[size] = MaxActiveClusters(device, size);
   }
   return device;
 }
@@ -99,7 +102,7 @@ Plan ChoosePlan(const Device& device, const WeightView& weights, int64_t m, bool
       if (bulk && choose_stream()) return plan;
       break;
     case Kernel::kChosen:
-      if (bulk && m <= kStreamRows && choose_stream()) return plan;
+      if (bulk && m <= StreamRows(layout) && choose_stream()) return plan;
       if (bulk && choose_warpgroup()) return plan;
       if (bulk && choose_stream()) return plan;
   }

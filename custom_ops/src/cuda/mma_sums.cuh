@@ -134,8 +134,7 @@ class MmaSums {
           const float2 scale = Numeric<T>::ToFloat2(scales);
           sum = fmaf(i < 2 ? scale.x : scale.y, static_cast<float>(partial), sum);
         } else {
-          const int multiplier = static_cast<int>((i < 2 ? scales : scales >> 16) & 0xFF);
-          sum += (partial >> packing::kDigitShift) * multiplier;
+          sum += (partial >> packing::kDigitShift) * packing::Multiplier(i < 2 ? scales : scales >> 16);
         }
         if constexpr (!kWholeBlocks) partial = 0;
       }

@@ -35,15 +35,13 @@ class Temporary {
   void* memory_ = nullptr;
 };
 
-__global__ void PackBlocks(packing::Layout layout, packing::Encoding encoding, const uint8_t* b,
-                           const int8_t* multiples, uint8_t* blocks) {
+__global__ void PackBlocks(packing::Layout layout, packing::Encoding encoding, const uint8_t* b, uint8_t* blocks) {
   const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   const int64_t block = index / packing::kWordsPerBlock;
   if (block >= layout.strips * layout.k_blocks) return;
   const int word = static_cast<int>(index % packing::kWordsPerBlock);
   reinterpret_cast<uint32_t*>(blocks + block * layout.block_stride)[word] =
-      packing::PackWord(layout, encoding, b, block / layout.k_blocks, block % layout.k_blocks, word,
-                        [&](int64_t row, int64_t n) { return int{multiples[row * layout.n + n]}; });
+      packing::PackWord(layout, encoding, b, block / layout.k_blocks, block % layout.k_blocks, word);
 }
 
 int64_t ScaleCount(const packing::Layout& layout) {
@@ -156,9 +154,8 @@ std::unique_ptr<PackedWeights> PackedWeights::Pack(const void* b, const void* b_
   packing::IntegerScales integer;
   if (scale_max_multiple > 0 && packing::PromotionK(k, block_size) != 0 && k <= packing::kMaxIntegerK &&
       packing::FindIntegerScales(HostScales(b_scale, type, groups * n, stream), groups, n,
-                                 std::min(scale_max_multiple, packing::kMaxScaleMultiple), &integer) &&
-      std::all_of(integer.multiple.begin(), integer.multiple.end(), [](int8_t i) { return i >= 0; })) {
-    view.encoding = Encoding::kInteger;  // few tokens: kernels multiply digits by i per group, see UnpackDigits
+                                 std::min(scale_max_multiple, packing::kMaxScaleMultiple), &integer)) {
+    view.encoding = Encoding::kInteger;
   }
   const bool is_integer = view.encoding == Encoding::kInteger;
   view.layout =
@@ -188,7 +185,7 @@ std::unique_ptr<PackedWeights> PackedWeights::Pack(const void* b, const void* b_
   if (is_integer) {
     const Temporary multiples(integer.multiple.data(), groups * n, stream);
     const int8_t* i = multiples.As<int8_t>();
-    PackBlocks<<<word_blocks, kThreads, 0, stream>>>(layout, view.encoding, values, i, memory);
+    PackBlocks<<<word_blocks, kThreads, 0, stream>>>(layout, view.encoding, values, memory);
     PackIntegerScales<<<scale_blocks, kThreads, 0, stream>>>(layout, i, memory);
     SumIntegerColumns<<<Blocks(channels), kThreads, 0, stream>>>(layout, values, i, column_sum);
     integer.base.resize(static_cast<size_t>(channels), 0.0f);
@@ -198,7 +195,7 @@ std::unique_ptr<PackedWeights> PackedWeights::Pack(const void* b, const void* b_
     Check(cudaStreamSynchronize(stream), "packing weights");
   } else {
     const Temporary raw_scales(b_scale, groups * n * element, stream);
-    PackBlocks<<<word_blocks, kThreads, 0, stream>>>(layout, view.encoding, values, nullptr, memory);
+    PackBlocks<<<word_blocks, kThreads, 0, stream>>>(layout, view.encoding, values, memory);
     ForType(type, [&](auto zero) {
       using T = decltype(zero);
       const T* raw = raw_scales.As<T>();

@@ -136,6 +136,9 @@ __device__ __forceinline__ void BulkCopyTile(void* shared, const CUtensorMap* ma
 __device__ __forceinline__ void PrefetchLine(const void* global) {
   asm volatile("prefetch.global.L1 [%0];" ::"l"(global));
 }
+__device__ __forceinline__ void PrefetchToL2(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+}
 __device__ __forceinline__ void PrefetchTensorMap(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

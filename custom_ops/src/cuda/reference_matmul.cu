@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads) ReferenceKernel(const __grid_constan
         const uint32_t word =
             reinterpret_cast<const uint32_t*>(w.blocks + layout.BlockOffset(strip, k / kBlockK))[place.word];
         const int digit = static_cast<int>(word >> place.shift & 0xF);
-        const int value = is_integer ? digit * multiple.magnitude + multiple.offset - 128 : (digit ^ 8) - 8;
+        const int value = is_integer ? digit * multiple.multiplier + multiple.offset - 128 : (digit ^ 8) - 8;
         group += (static_cast<int>(a[k]) - zero_point) * value;
       }
       if (is_integer) {

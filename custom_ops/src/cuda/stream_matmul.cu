@@ -159,6 +159,11 @@ __device__ __forceinline__ void Consume(const StreamCta<kTokens>& cta) {
     const int buffer = round % 2;
     const int inbox = memory.inbox + (round & (cta.args.inboxes - 1)) * memory.inbox_bytes;
     if (thread == 0) ptx::BarrierArriveExpect(received + buffer, static_cast<uint32_t>(Shape::kPairs * 8));
+    // What the results need besides the sums comes from device memory, and is asked for while the sums are made.
+    const int strip = strips.begin + mine / Shape::kStripPairs;
+    const int64_t n = int64_t{strip} * kStripN + packing::ThreadChannel((mine + thread) % kGroupThreads);
+    const bool is_mine = thread < share && strip < strips.end;
+    const Epilogue<T, kEncoding> epilogue(cta.args, is_mine ? n : 0);
     sums.Clear();
     if (round == 0) ptx::BarrierWait(cta.activations, 0);
     uint32_t tile = base + (blocks.begin - cta.Blocks().begin) * memory.tile_bytes;
@@ -189,10 +194,6 @@ __device__ __forceinline__ void Consume(const StreamCta<kTokens>& cta) {
                                static_cast<uint32_t>(owner >> cta.args.log_parts));
       }
     }
-    const int strip = strips.begin + mine / Shape::kStripPairs;
-    const int64_t n = int64_t{strip} * kStripN + packing::ThreadChannel((mine + thread) % kGroupThreads);
-    const bool is_mine = thread < share && strip < strips.end;
-    const Epilogue<T, kEncoding> epilogue(cta.args, is_mine ? n : 0);
     const uint2* slots = reinterpret_cast<const uint2*>(cta.shared + inbox + group * inbox_bytes);
     ptx::BarrierWait(received + buffer, round / 2 & 1);
     for (int i = thread; is_mine && i < share; i += kGroupThreads) {

@@ -55,8 +55,7 @@ struct Problem {
     for (int8_t& i : multiple) i = static_cast<int8_t>(static_cast<int>((*random)() % 31) - 15);
     for (int64_t block = 0; block < layout.strips * layout.k_blocks; ++block) {
       for (int word = 0; word < kWordsPerBlock; ++word) {
-        blocks.push_back(PackWord(layout, encoding, b.data(), block / layout.k_blocks, block % layout.k_blocks, word,
-                                  [&](int64_t row, int64_t column) { return Multiple(row, column); }));
+        blocks.push_back(PackWord(layout, encoding, b.data(), block / layout.k_blocks, block % layout.k_blocks, word));
       }
     }
     for (int64_t block = 0; block < layout.strips * layout.k_blocks; ++block) {
@@ -69,28 +68,44 @@ struct Problem {
   }
 };
 
+/// Two IntegerScale of neighbouring channels as kernels load them.
+uint32_t ScalePair(IntegerScale even, IntegerScale odd) {
+  return static_cast<uint8_t>(even.multiplier) | static_cast<uint32_t>(even.offset) << 8 |
+         static_cast<uint32_t>(static_cast<uint8_t>(odd.multiplier)) << 16 | static_cast<uint32_t>(odd.offset) << 24;
+}
+
+/// The integer-structured scales of a thread's two channels for one step.
+uint32_t LoadScales(const Problem& p, int64_t strip, int k_block, int step, int thread) {
+  const int64_t row = (strip * p.layout.k_blocks + k_block) * p.layout.RowsPerBlock() + p.layout.ScaleRowOfStep(step);
+  const size_t at = static_cast<size_t>(row * kStripN + ThreadChannel(thread));
+  return ScalePair(p.scales[at], p.scales[at + 1]);
+}
+
+/// What a kernel makes of the weights before it multiplies them.
+enum class Unpacking {
+  kFloat,     ///< 16 q; float scales are multiplied in per group
+  kDigits,    ///< 16 q from digits; integer multipliers are multiplied in per group (few tokens)
+  kMultiple,  ///< q * i (many tokens)
+};
+
 /// The fragment of one thread and step, unpacked from the bytes that it loads.
-Fragment LoadFragment(const Problem& p, int64_t strip, int k_block, int step, int thread) {
+Fragment LoadFragment(const Problem& p, Unpacking unpacking, int64_t strip, int k_block, int step, int thread) {
   const int64_t block = strip * p.layout.k_blocks + k_block;
   const size_t first =
       static_cast<size_t>(block * kWordsPerBlock + step / 2 * (kHalfBytes / 4) + thread * 4 + step % 2 * 2);
   const uint32_t even = p.blocks[first];
   const uint32_t odd = p.blocks[first + 1];
-  if (p.encoding == Encoding::kFloat) return UnpackFloat(even, odd);
-  const int64_t row = block * p.layout.RowsPerBlock() + p.layout.ScaleRowOfStep(step);
-  const size_t at = static_cast<size_t>(row * kStripN + ThreadChannel(thread));
-  const uint32_t pair = p.scales[at].magnitude | static_cast<uint32_t>(p.scales[at].offset) << 8 |
-                        static_cast<uint32_t>(p.scales[at + 1].magnitude) << 16 |
-                        static_cast<uint32_t>(p.scales[at + 1].offset) << 24;
-  return UnpackInteger(even, odd, Spread(pair));
+  if (unpacking == Unpacking::kFloat) return UnpackFloat(even, odd);
+  if (unpacking == Unpacking::kDigits) return UnpackDigits(even, odd);
+  return UnpackInteger(even, odd, Spread(LoadScales(p, strip, k_block, step, thread)));
 }
 
 /// One tensor-core step of a 128-thread group: the documented A fragment of mma.m16n8k32 and wgmma.m64nNk32 (thread
 /// t of warp w holds rows 16w + t/4 and + 8, bytes 4(t%4).. and + 16 of K). Adds to sums [64 channels].
-void AddStep(const Problem& p, int64_t strip, int k_block, int step, const uint8_t* activations,
+void AddStep(const Problem& p, Unpacking unpacking, int64_t strip, int k_block, int step, const uint8_t* activations,
              std::vector<int32_t>* sums) {
   for (int thread = 0; thread < kGroupThreads; ++thread) {
-    const Fragment fragment = LoadFragment(p, strip, k_block, step, thread);
+    const Fragment fragment = LoadFragment(p, unpacking, strip, k_block, step, thread);
     for (int r = 0; r < 4; ++r) {
       const int channel = ThreadChannel(thread) + r % 2;  // a0, a2: row; a1, a3: row + 8
       const int first_k = step * kStepK + thread % 4 * 4 + r / 2 * 16;
@@ -122,28 +137,31 @@ void TestFragmentMap() {
 void TestUnpacking() {
   for (int i = -kMaxScaleMultiple; i <= kMaxScaleMultiple; ++i) {
     const IntegerScale scale = IntegerScale::Of(i);
-    const uint32_t pair = (scale.magnitude | static_cast<uint32_t>(scale.offset) << 8) * 0x00010001u;
+    const IntegerScale negated = IntegerScale::Of(-i);
+    const SpreadScales spread = Spread(ScalePair(scale, negated));
+    EXPECT(Multiplier(ScalePair(scale, negated)) == i && Multiplier(ScalePair(negated, scale) >> 16) == i, "i %d", i);
     for (int q = -8; q <= 7; ++q) {
       for (int other = -8; other <= 7; ++other) {  // neighbours in the word must not disturb each other
         uint32_t word = 0;
         for (int nibble = 0; nibble < 8; ++nibble) {
-          word |= IntegerScale::Digit(nibble % 3 == 0 ? q : other, i) << (4 * nibble);
+          word |= static_cast<uint32_t>((nibble % 3 == 0 ? q : other) + kDigitOffset) << (4 * nibble);
         }
-        const Fragment fragment = UnpackInteger(word, word, Spread(pair));
+        const Fragment fragment = UnpackInteger(word, word, spread);
         for (int nibble = 0; nibble < 8; ++nibble) {
+          const int expected = (nibble % 3 == 0 ? q : other) * i;
           const int8_t value = Byte(fragment.a[nibble % 2 * 2], nibble / 2);
-          EXPECT(value == (nibble % 3 == 0 ? q : other) * i, "q %d i %d: %d", q, i, value);
+          const int8_t neighbour = Byte(fragment.a[1 + nibble % 2 * 2], nibble / 2);
+          EXPECT(value == expected && neighbour == -expected, "q %d i %d: %d, %d", q, i, value, neighbour);
         }
       }
     }
   }
   for (uint32_t word : {0x01234567u, 0x89ABCDEFu, 0xFFFFFFFFu, 0x80808080u, 0x77777777u}) {
     const Fragment digits = UnpackDigits(word, ~word);
-    for (int nibble = 0; nibble < 8; ++nibble) {  // 16 (digit - 8), which is 16 q for multipliers that are not negative
+    for (int nibble = 0; nibble < 8; ++nibble) {
       const int digit = static_cast<int>(word >> (4 * nibble) & 0xF);
       EXPECT(Byte(digits.a[nibble % 2 * 2], nibble / 2) == 16 * (digit - 8), "digit %d of %x", nibble, word);
       EXPECT(Byte(digits.a[1 + nibble % 2 * 2], nibble / 2) == 16 * (7 - digit), "digit %d of ~%x", nibble, word);
-      EXPECT(IntegerScale::Digit(digit - 8, 3) == static_cast<uint32_t>(digit), "digit %d", digit);
     }
     const Fragment fragment = UnpackFloat(word, ~word);
     for (int nibble = 0; nibble < 8; ++nibble) {
@@ -170,14 +188,17 @@ void TestProducts() {
       for (uint8_t& x : a) x = static_cast<uint8_t>(random());
       const int zero_point = static_cast<int>(random() % 256);
       for (int64_t strip = 0; strip < layout.strips; ++strip) {
-        std::vector<int32_t> whole(kStripN, 0);
+        std::vector<int32_t> whole(kStripN, 0);   // of products with q * i
+        std::vector<int32_t> digits(kStripN, 0);  // of products with q, times i per group of rows
         for (int block = 0; block < layout.k_blocks; ++block) {
           std::vector<int32_t> group(kStripN, 0);
           int first_step = 0;
           for (int step = 0; step < kStepsPerBlock; ++step) {
-            AddStep(p, strip, block, step, a.data(), encoding == Encoding::kFloat ? &group : &whole);
-            if (encoding == Encoding::kInteger || !layout.PromotesAfterStep(step)) continue;
-            // One promotion of the float kernels: 16 * sum of a * q over rows of one group of scales.
+            const bool is_integer = encoding == Encoding::kInteger;
+            if (is_integer) AddStep(p, Unpacking::kMultiple, strip, block, step, a.data(), &whole);
+            AddStep(p, is_integer ? Unpacking::kDigits : Unpacking::kFloat, strip, block, step, a.data(), &group);
+            if (!layout.PromotesAfterStep(step)) continue;
+            // One promotion: 16 * sum of a * q over rows of one group of scales.
             const int64_t begin = int64_t{block} * kBlockK + first_step * kStepK;
             const int64_t end = std::min(shape.k, int64_t{block} * kBlockK + (step + 1) * kStepK);
             const int64_t row = layout.GroupOf(block, layout.ScaleRowOfStep(step));
@@ -192,6 +213,14 @@ void TestProducts() {
               EXPECT(group[static_cast<size_t>(c)] == expected, "k %lld n %lld strip %lld block %d step %d channel %d",
                      static_cast<long long>(shape.k), static_cast<long long>(shape.n), static_cast<long long>(strip),
                      block, step, c);
+            }
+            for (int thread = 0; is_integer && thread < kGroupThreads;
+                 thread += 4) {  // one of four with these channels
+              const uint32_t scales = LoadScales(p, strip, block, step, thread);
+              for (int odd = 0; odd < 2; ++odd) {
+                const size_t c = static_cast<size_t>(ThreadChannel(thread) + odd);
+                digits[c] += (group[c] >> kDigitShift) * Multiplier(scales >> (16 * odd));
+              }
             }
             std::fill(group.begin(), group.end(), 0);
             first_step = step + 1;
@@ -209,6 +238,8 @@ void TestProducts() {
           }
           const float y = DequantizeInteger(whole[static_cast<size_t>(c)], static_cast<int32_t>(column_sum), 1.0f,
                                             zero_point, 1.0f);
+          EXPECT(digits[static_cast<size_t>(c)] == whole[static_cast<size_t>(c)], "multiplied per group: channel %d",
+                 c);
           EXPECT(y == static_cast<float>(expected), "integer k %lld n %lld channel %d: %f",
                  static_cast<long long>(shape.k), static_cast<long long>(n), c, static_cast<double>(y));
         }
@@ -385,7 +416,7 @@ void TestStreamPlan() {
 }
 
 void TestWarpgroupPlan() {
-  const plan::DeviceLimits h200{132, 227 * 1024, 228 * 1024, {0, 132, 66, 0, 30, 0, 0, 0, 14}};
+  const plan::DeviceLimits h200{132, 227 * 1024, 228 * 1024, {0, 132, 66, 40, 30, 24, 20, 16, 14}};
   for (int64_t k : {16, 128, 4096, 28672}) {
     for (int64_t n : {1, 200, 4096, 28672}) {
       for (int64_t m : {1, 64, 65, 128, 256, 1024, 8192}) {
@@ -401,6 +432,8 @@ void TestWarpgroupPlan() {
             EXPECT(memory.weights % 1024 == 0 && memory.barriers % 8 == 0, "alignment");
             EXPECT(config.split_k == 1 || layout.k_blocks / config.split_k >= 4, "split %d", config.split_k);
             EXPECT(config.split_k == 1 || config.tile_n < 256, "a split tile of 256 channels");
+            const int64_t tiles = CeilDiv(m, config.tile_m) * CeilDiv(n, config.tile_n);
+            EXPECT(config.split_k == 1 || tiles <= h200.clusters[config.split_k], "split %d", config.split_k);
             const bool in_steps = encoding == Encoding::kFloat && layout.promotion_k != kBlockK;
             EXPECT(config.tile_n <= 128 || !in_steps, "groups of 32 in tiles of %d channels", config.tile_n);
             EXPECT(config.tile_n != 192 || encoding == Encoding::kInteger, "float scales in tiles of 192 channels");

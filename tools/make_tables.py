@@ -209,6 +209,27 @@ TABLES: dict[str, Callable[[Record], str]] = {
 }
 
 
+def _draw_models(records: Sequence[Record]) -> str:
+    """A table of each network that the newest commit was measured on."""
+    of_kind = [record for record in records if record["kind"] == "gpu-models"]
+    if not of_kind:
+        raise KeyError(f"no record of kind 'gpu-models' in {RECORDS_DIRECTORY.name}/")
+    newest = {
+        record["protocol"].get("network"): record for record in of_kind if record["commit"] == of_kind[-1]["commit"]
+    }
+    return "\n".join(f"{_models(record)}\n\n{_source(record)}\n" for record in newest.values())
+
+
+def _source(record: Record) -> str:
+    """The line below a table of a GPU: where its figures come from."""
+    gpu, versions = record["gpu"], record["versions"]
+    return (
+        f"{gpu.get('name', 'unknown GPU')}, driver {gpu.get('driver', '?')}, onnxruntime "
+        f"{versions.get('onnxruntime', '-')}, torch {versions.get('torch', '-')}, {record['created'][:10]}; median of "
+        f"{record['protocol']['rounds']} rounds ([record](tools/records/{record['file']}))"
+    )
+
+
 def draw(name: str, records: Sequence[Record]) -> str:
     """The table of one name from the newest record of that kind, with a line on where the figures come from.
 
@@ -222,6 +243,8 @@ def draw(name: str, records: Sequence[Record]) -> str:
         return _draw_cpu(name, records)
     if name == "cpu-instruction-sets":
         return _draw_forced(records)
+    if name == "gpu-models":
+        return _draw_models(records)
     if name.startswith("ablation-"):
         return _draw_ablation(name, records)
     if name not in TABLES:
@@ -235,14 +258,7 @@ def draw(name: str, records: Sequence[Record]) -> str:
         measured = {row.get("shape") for row in rows}
         rows = [*(row for row in other["rows"] if not rows or row.get("shape") not in measured), *rows]
     record = {**record, "rows": rows}
-    gpu, versions = record["gpu"], record["versions"]
-    runtime = versions.get("onnxruntime", "-")
-    source = (
-        f"{gpu.get('name', 'unknown GPU')}, driver {gpu.get('driver', '?')}, onnxruntime {runtime}, torch "
-        f"{versions.get('torch', '-')}, {record['created'][:10]}; median of {record['protocol']['rounds']} rounds "
-        f"([record](tools/records/{record['file']}))"
-    )
-    return f"{TABLES[name](record)}\n\n{source}\n"
+    return f"{TABLES[name](record)}\n\n{_source(record)}\n"
 
 
 def redraw(text: str, records: Sequence[Record]) -> str:

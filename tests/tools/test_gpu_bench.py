@@ -50,13 +50,14 @@ def test_random_weight_is_really_quantized(generator, dtype, structured):
     assert 0.5 < float(weight.dequantized().std()) * 300**0.5 < 1.5
     if structured:
         scale = weight.scale.double().numpy()
+        assert scale.min() < 0 < scale.max()
         for column in scale.T:
-            base = min(c / i for c in column for i in range(1, 16) if _multiples(column, c / i))
+            base = min(abs(c) / i for c in column for i in range(1, 16) if _multiples(column, abs(c) / i))
             assert base > 0
 
 
 def _multiples(column, base):
-    ratio = column / base
+    ratio = np.abs(column) / base
     return bool((ratio == np.round(ratio)).all() and (ratio >= 1).all() and (ratio <= 15).all())
 
 
@@ -322,3 +323,17 @@ def test_readme_tables_are_those_of_the_records():
     text = (records.RECORDS_DIRECTORY.parent.parent / "README.md").read_text(encoding="utf-8")
     assert "<!-- table: " in text
     assert make_tables.redraw(text, records.load_records()) == text
+
+
+def test_each_network_of_the_newest_commit_has_a_table(tmp_path):
+    def write(commit, network, rate):
+        head = {**records.environment(), "gpu": {"name": "NVIDIA H200", "driver": "580.1"}, "commit": commit}
+        row = {"phase": "decode", "batch": 1, "tokens": 1, "tokens_per_s": {"W4A8": {"median": rate}}}
+        body = {"protocol": {"rounds": 5, "network": network}, "models": {"W4A8": {}}, "rows": [row]}
+        records.write_record("gpu-models", head, body, tmp_path)
+
+    for commit, network, rate in (("one", "old", 1.0), ("two", "8B", 2.0), ("two", "small", 3.0), ("two", "8B", 4.0)):
+        write(commit, network, rate)
+    drawn = make_tables.draw("gpu-models", records.load_records(tmp_path))
+    assert re.findall(r"through onnxruntime, (\w+)\.", drawn) == ["8B", "small"]
+    assert re.findall(r"\| decode, 1 x 1 \| +(\d) \|", drawn) == ["4", "3"]

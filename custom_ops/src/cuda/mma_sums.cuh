@@ -13,7 +13,6 @@ class MmaSums {
   static constexpr int kFragments = kTokens / 8;
   static constexpr bool kFloat = HasFloatScales(kPromotion);
   static constexpr bool kInt8 = kPromotion == Promotion::kInt8;  // nothing to scale until the end
-  static constexpr bool kWholeBlocks = kPromotion == Promotion::kBlock;
   using Sum = std::conditional_t<kFloat, float, int>;
   // Of a thread's two channels: scales, or two IntegerScale.
   using ScalePair = std::conditional_t<kFloat, typename Numeric<T>::Pair, uint32_t>;
@@ -26,11 +25,51 @@ class MmaSums {
     scale_offset_ = kBlockBytes + packing::ThreadChannel(thread) * kScaleBytes;
     tile_offset_[0] = packing::SwizzledOffset(lane % 8, lane / 8);
     tile_offset_[1] = packing::SwizzledOffset(lane % 8, 4 + lane / 8);
+    // Kept: computing them anew for every block would take issue slots, which are what a block's time is made of.
+    ptx::Keep(word_offset_), ptx::Keep(scale_offset_), ptx::Keep(tile_offset_[0]), ptx::Keep(tile_offset_[1]);
   }
 
   /// Adds one block of each strip. `weights`: shared address of the first strip's block, with its scales;
   /// `strip_stride`: bytes to the next strip's; `tile`: shared address of the activations.
   __device__ void Add(uint32_t weights, uint32_t strip_stride, uint32_t tile, const packing::Layout& layout) {
+    if (kPromotion == Promotion::kBlock || (kPromotion == Promotion::kInteger && layout.promotion_k == kBlockK)) {
+      AddBlock<true>(weights, strip_stride, tile, layout);
+    } else {
+      AddBlock<false>(weights, strip_stride, tile, layout);
+    }
+  }
+
+  __device__ void Clear() {
+#pragma unroll
+    for (int s = 0; s < kStrips; ++s) {
+#pragma unroll
+      for (int j = 0; j < kFragments; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          partial_[s][j][i] = 0;
+          if constexpr (!kInt8) sum_[s][j][i] = 0;
+        }
+      }
+    }
+  }
+
+  /// Sums of two neighbouring channels for token `fragment * 8 + lane % 4 * 2 + odd`.
+  __device__ uint2 Pair(int strip, int fragment, int odd) const {
+    if constexpr (kFloat) {
+      return {__float_as_uint(sum_[strip][fragment][odd]), __float_as_uint(sum_[strip][fragment][2 + odd])};
+    } else {
+      const int (&sums)[4] = kInt8 ? partial_[strip][fragment] : sum_[kInt8 ? 0 : strip][fragment];
+      return {static_cast<uint32_t>(sums[odd]), static_cast<uint32_t>(sums[2 + odd])};
+    }
+  }
+
+ private:
+  static constexpr int kScaleBytes = kFloat ? sizeof(T) : sizeof(packing::IntegerScale);
+
+  /// `kWhole`: one group of rows, or part of one.
+  template <bool kWhole>
+  __device__ __forceinline__ void AddBlock(uint32_t weights, uint32_t strip_stride, uint32_t tile,
+                                           const packing::Layout& layout) {
     // Few tokens: everything is loaded first, so that the latencies overlap. Many: half a block at a time, for
     // registers.
     constexpr int kHeld = kTokens <= 16 && kPromotion != Promotion::kStep ? 2 : 1;
@@ -51,7 +90,7 @@ class MmaSums {
     if constexpr (kHeld == 2) load(1);
 #pragma unroll
     for (int s = 0; s < kStrips; ++s) {
-      if constexpr (kWholeBlocks) scales[s] = ptx::LoadShared<ScalePair>(weights + s * strip_stride + scale_offset_);
+      if constexpr (kWhole) scales[s] = ptx::LoadShared<ScalePair>(weights + s * strip_stride + scale_offset_);
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -83,11 +122,11 @@ class MmaSums {
               ptx::MmaAdd(partial_[s][j], fragment.a, tokens[2 * in_half], tokens[2 * in_half + 1]);
             }
           }
-          if constexpr (kWholeBlocks) {
-            if (step == kStepsPerBlock - 1) Promote(s, scales[s]);
+          if constexpr (kWhole) {
+            if (step == kStepsPerBlock - 1) Promote<true>(s, scales[s]);
           } else if constexpr (!kInt8) {
             if (layout.PromotesAfterStep(step)) {
-              Promote(s, ptx::LoadShared<ScalePair>(at + layout.ScaleRowOfStep(step) * kStripN * kScaleBytes));
+              Promote<false>(s, ptx::LoadShared<ScalePair>(at + layout.ScaleRowOfStep(step) * kStripN * kScaleBytes));
             }
           }
         }
@@ -95,35 +134,9 @@ class MmaSums {
     }
   }
 
-  __device__ void Clear() {
-#pragma unroll
-    for (int s = 0; s < kStrips; ++s) {
-#pragma unroll
-      for (int j = 0; j < kFragments; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          partial_[s][j][i] = 0;
-          if constexpr (!kInt8) sum_[s][j][i] = 0;
-        }
-      }
-    }
-  }
-
-  /// Sums of two neighbouring channels for token `fragment * 8 + lane % 4 * 2 + odd`.
-  __device__ uint2 Pair(int strip, int fragment, int odd) const {
-    if constexpr (kFloat) {
-      return {__float_as_uint(sum_[strip][fragment][odd]), __float_as_uint(sum_[strip][fragment][2 + odd])};
-    } else {
-      const int (&sums)[4] = kInt8 ? partial_[strip][fragment] : sum_[kInt8 ? 0 : strip][fragment];
-      return {static_cast<uint32_t>(sums[odd]), static_cast<uint32_t>(sums[2 + odd])};
-    }
-  }
-
- private:
-  static constexpr int kScaleBytes = kFloat ? sizeof(T) : sizeof(packing::IntegerScale);
-
   /// Adds the sums of one group of rows times their scale. Digits: 16 times too much, which is exact to take out.
-  __device__ void Promote(int strip, ScalePair scales) {
+  template <bool kWhole>
+  __device__ __forceinline__ void Promote(int strip, ScalePair scales) {
 #pragma unroll
     for (int j = 0; j < kFragments; ++j) {
 #pragma unroll
@@ -136,7 +149,7 @@ class MmaSums {
         } else {
           sum += (partial >> packing::kDigitShift) * packing::Multiplier(i < 2 ? scales : scales >> 16);
         }
-        if constexpr (!kWholeBlocks) partial = 0;
+        if constexpr (!kWhole) partial = 0;
       }
     }
   }

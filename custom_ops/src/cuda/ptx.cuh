@@ -13,6 +13,12 @@ __device__ __forceinline__ uint32_t SharedAddress(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+/// Keeps a value in a register: the compiler would compute it anew wherever it is used.
+template <class Value>
+__device__ __forceinline__ void Keep(Value& value) {
+  asm volatile("" : "+r"(value));
+}
+
 // ---- tensor cores, warp level -------------------------------------------------------------------------------------
 
 /// d += a (16 x 32, int8) * b (32 x 8, uint8).

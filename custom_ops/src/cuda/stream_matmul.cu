@@ -151,6 +151,9 @@ __device__ __forceinline__ void Consume(const StreamCta<kTokens>& cta) {
   }
 
   MmaSums<T, kPromotion, kTokens, Shape::kStrips> sums;
+  int end = blocks.end, chunk_bytes = memory.chunk_bytes;
+  uint32_t ring = base + memory.weights + cta.StageOf(group, 0) * cta.StageBytes();
+  ptx::Keep(end), ptx::Keep(chunk_bytes), ptx::Keep(ring);
   RingPosition at;
   for (int round = 0; round < cta.work.Rounds(); ++round) {
     const plan::Range strips = cta.work.Strips(round, cta.TeamOf(group));
@@ -167,14 +170,14 @@ __device__ __forceinline__ void Consume(const StreamCta<kTokens>& cta) {
     sums.Clear();
     if (round == 0) ptx::BarrierWait(cta.activations, 0);
     uint32_t tile = base + (blocks.begin - cta.Blocks().begin) * memory.tile_bytes;
-    for (int block = blocks.begin; block < blocks.end; block += Shape::kChunk) {
+    for (int block = blocks.begin; block < end; block += Shape::kChunk) {
       const int stage = cta.StageOf(group, at.stage);
-      const uint32_t weights = base + memory.weights + stage * cta.StageBytes();
+      const uint32_t weights = ring + at.stage * (Shape::kStrips * chunk_bytes);
       ptx::BarrierWait(cta.full + stage, at.parity);
-      const int count = Shape::kChunk == 1 ? 1 : min(Shape::kChunk, blocks.end - block);
+      const int count = Shape::kChunk == 1 ? 1 : min(Shape::kChunk, end - block);
 #pragma unroll 1
       for (int i = 0; i < count; ++i, tile += memory.tile_bytes) {
-        sums.Add(weights + i * layout.block_stride, memory.chunk_bytes, tile, layout);
+        sums.Add(weights + i * layout.block_stride, chunk_bytes, tile, layout);
       }
       __syncwarp();
       if (thread % 32 == 0) ptx::BarrierArrive(cta.empty + stage);

@@ -25,8 +25,11 @@ class MmaSums {
     scale_offset_ = kBlockBytes + packing::ThreadChannel(thread) * kScaleBytes;
     tile_offset_[0] = packing::SwizzledOffset(lane % 8, lane / 8);
     tile_offset_[1] = packing::SwizzledOffset(lane % 8, 4 + lane / 8);
-    // Kept: computing them anew for every block would take issue slots, which are what a block's time is made of.
-    ptx::Keep(word_offset_), ptx::Keep(scale_offset_), ptx::Keep(tile_offset_[0]), ptx::Keep(tile_offset_[1]);
+    // Few tokens: kept, since computing them anew for every block takes issue slots, which are what a block's time is
+    // made of. Many tokens have no registers left for it.
+    if constexpr (kTokens <= 16) {
+      ptx::Keep(word_offset_), ptx::Keep(scale_offset_), ptx::Keep(tile_offset_[0]), ptx::Keep(tile_offset_[1]);
+    }
   }
 
   /// Adds one block of each strip. `weights`: shared address of the first strip's block, with its scales;

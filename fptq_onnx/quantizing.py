@@ -15,7 +15,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from fptq_onnx.calibration.calibration import Calibration
-from fptq_onnx.calibration.moments import SecondMomentObserver, SplitMoments, passes_within
+from fptq_onnx.calibration.moments import FirstTokenObserver, SecondMomentObserver, SplitMoments, passes_within
 from fptq_onnx.calibration.observers import Observer
 from fptq_onnx.calibration.walk import Walk, weights_in_memory
 from fptq_onnx.errors import ModelError
@@ -146,16 +146,11 @@ def _float_dtype(layer: LinearLayer) -> npt.DTypeLike:
     return numpy_dtype
 
 
-def _token_caps(
-    statistics: Mapping[str, ActivationStatistics], applied: Mapping[str, AppliedScale], settings: Recipe
-) -> dict[str, float]:
-    """Largest magnitude at which a token still counts fully in the second moments, by activation name."""
-    multiple = settings.weights.token_cap
+def _typical(statistics: Mapping[str, ActivationStatistics], applied: Mapping[str, AppliedScale]) -> dict[str, float]:
+    """Largest magnitude of the median token by activation name, infinity for equalized ones, which need no limits."""
     return {
-        name: math.inf
-        if multiple == 0 or name in applied
-        else multiple * float(np.median(statistics[name].token_absmax))
-        for name in statistics
+        name: math.inf if name in applied else float(np.median(found.token_absmax))
+        for name, found in statistics.items()
     }
 
 
@@ -299,7 +294,9 @@ class _SegmentWork:
     ) -> None:
         self._entries, self._applied, self._settings, self._reuse = entries, applied, settings, reuse
         self._calibration = calibration
-        self._caps = _token_caps(statistics, applied, settings)
+        self._typical = _typical(statistics, applied)
+        multiple = settings.weights.token_cap
+        self._caps = {name: multiple * peak if multiple else math.inf for name, peak in self._typical.items()}
 
     def needs_data(self, decisions: Sequence[GroupDecision]) -> bool:
         """Whether activations of these groups have to be observed once more."""
@@ -323,6 +320,7 @@ class _SegmentWork:
             }
             if runs:
                 observers: list[Observer] = [*(ranges.values() if number == 0 else ()), *moments.values()]
+                observers += self._first_tokens(moments)
                 walk.run(segment, observers, carry=number == 0)
             for decided in decisions:
                 if decided.name in moments:
@@ -334,6 +332,11 @@ class _SegmentWork:
                 self._quantize(decided, None, weights, methods)
         arrays = _pack({name: observer.statistics for name, observer in ranges.items()}) | shifts
         return weights, arrays, methods
+
+    def _first_tokens(self, moments: Mapping[str, SecondMomentObserver]) -> list[FirstTokenObserver]:
+        weight = self._settings.weights.first_token_weight
+        wanted = moments if self._calibration.emphasizes_first_tokens else ()
+        return [FirstTokenObserver(moments[name], weight, self._typical[name]) for name in wanted]
 
     def _quantize(
         self,

@@ -39,7 +39,8 @@ STEPS: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
     ("output-range", "+ static range absmax or mse by the layers' outputs", {"activations.static_range": "output"}),
     ("integer-scales", "+ integer scales", {"weights.scales": "integer"}),
     ("int8-table", "+ int8 head and embedding, one table", _INT8_TABLE),
-    ("gptq", "+ GPTQ in activation order (balanced)", {"weights.rounding": "gptq"}),
+    ("gptq", "+ GPTQ in activation order", {"weights.rounding": "gptq"}),
+    ("first-token", "+ first token counts 32 times (balanced)", {"weights.first_token_weight": 32}),
 )
 
 

@@ -196,6 +196,11 @@ class Calibration:
         return StatisticsObserver(name, self._counted)
 
     @property
+    def emphasizes_first_tokens(self) -> bool:
+        """Whether the recipe wants the first tokens to count more, and the model takes token ids to tell them by."""
+        return self._recipe.weights.first_token_weight > 1 and self._inputs.token_input is not None
+
+    @property
     def _counted(self) -> TokenGroup:
         return TokenGroup.REST if self._recipe.activations.leading_tokens else TokenGroup.ALL
 
@@ -214,7 +219,7 @@ class Calibration:
             self._inputs,
             self.opened,
             States(self.work, phase),
-            leading_tokens=self._recipe.activations.leading_tokens,
+            leading_tokens=self._recipe.activations.leading_tokens or int(self.emphasizes_first_tokens),
             session_factory=lambda copy: memory_session(
                 copy, self._providers, threads=self._threads, where=str(self._model_path)
             ),

@@ -140,6 +140,11 @@ class WeightRecipe(Section):
     """Tokens whose largest magnitude is over this multiple of the median token's are scaled down to it in the second
     moments, so that attention sinks do not decide alone; 0 counts all tokens fully. Equalized activations need none."""
 
+    first_token_weight: float = Field(default=1.0, ge=1)
+    """How often the first token of every calibration sequence counts in the second moments. All later tokens attend to
+    it, so its error costs more than its share of the sum; above all where a rotation spreads what the norm's weight
+    kept small (RSQ weighs tokens for the same reason, arXiv 2503.01820)."""
+
     scales: Literal["float", "integer"] = "float"
     """"integer": the scales of a column are base * i with |i| in 1..15, so that kernels can accumulate all of K in one
     int32 (QoQ's two-level scales, arXiv 2405.04532)."""

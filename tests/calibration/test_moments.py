@@ -10,8 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fptq_onnx.calibration.moments import BYTES_PER_ENTRY, HELD_OUT_EVERY, SecondMomentObserver, passes_within
-from fptq_onnx.calibration.runner import observe
+from fptq_onnx.calibration.moments import (
+    BYTES_PER_ENTRY,
+    HELD_OUT_EVERY,
+    FirstTokenObserver,
+    SecondMomentObserver,
+    passes_within,
+)
+from fptq_onnx.calibration.runner import ObservedRun, observe, token_masks
 from fptq_onnx.errors import CalibrationError
 
 K = 6
@@ -63,6 +69,24 @@ def test_a_cap_bounds_what_one_token_adds() -> None:
     tokens[0, 0, 2] = 1e4
     assert moments([tokens], 2.0).moments.fit.seen[2, 2] <= 8 + 2.0**2 + 1e-4
     assert moments([tokens], math.inf).moments.fit.seen[2, 2] >= 1e8
+
+
+@pytest.mark.parametrize(
+    ("size", "typical", "times"), [(1.0, 1.0, 32), (0.1, 1.0, 32), (4.0, 1.0, 2), (100.0, 1.0, 1), (5.0, math.inf, 32)]
+)
+def test_the_first_token_counts_more_unless_it_is_large_already(size: float, typical: float, times: float) -> None:
+    batches = [RNG.uniform(0.1, 1, (2, 3, K)).astype(np.float32) for _ in range(5)]
+    for batch in batches:
+        batch[:, 0] *= size / batch[:, 0].max(axis=1, keepdims=True)
+    observed = SecondMomentObserver("hidden", K, math.inf)
+    run = ObservedRun(model(), [observed, FirstTokenObserver(observed, 32, typical)])
+    positions = np.tile(np.arange(3), (2, 1))
+    for batch in batches:
+        run.feed({"x": batch}, token_masks(positions, 1, "a batch"), positions, "a batch")
+    wanted = [expected([b], math.inf) + (times - 1) * expected([b[:, :1]], math.inf) for b in batches]
+    np.testing.assert_allclose(observed.moments.held_out.seen, wanted[3], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(observed.moments.fit.seen, sum(wanted[:3]) + wanted[4], rtol=1e-4, atol=1e-5)
+    assert observed.moments.fit.tokens == 4 * 6
 
 
 def test_tokens_of_zeros_add_nothing() -> None:

@@ -31,7 +31,7 @@ def test_each_step_adds_one_technique_to_the_last_one() -> None:
         assert len({row.name for row in rows}) == len(rows)
 
 
-@pytest.mark.parametrize(("name", "row"), [("balanced", "gptq"), ("accurate", "accurate")])
+@pytest.mark.parametrize(("name", "row"), [("balanced", "first-token"), ("accurate", "accurate")])
 def test_the_packaged_recipes_are_rows(name: str, row: str) -> None:
     """No technique is on by default without its row."""
 

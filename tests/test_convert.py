@@ -497,6 +497,20 @@ def test_leading_tokens_are_left_out(tmp_path: Path) -> None:
 # Acceptance and failure.
 
 
+def test_the_first_token_counts_more_in_the_second_moments(tmp_path: Path) -> None:
+    """A token that starts every sequence ends up with less error if it counts a thousand times."""
+    settings = {"weights__grid": "weighted_clip", "weights__rounding": "gptq", "activations__scheme": "per-token"}
+    tokens = np.random.default_rng(0).integers(0, families.VOCABULARY, (8, LENGTH), dtype=np.int64)
+    tokens[:, 0] = 5
+    first, errors = np.array([[5]]), []
+    for weight in (1, 1000):
+        data = [{"input_ids": row[None]} for row in tokens]
+        report = _convert(tmp_path / "out.onnx", calibration=data, weights__first_token_weight=weight, **settings)
+        result = Converted(_llama(), tmp_path / "out.onnx", report)
+        errors.append(relative_error(result.run(first), _llama().run(first)))
+    assert errors[1] < 0.8 * errors[0]
+
+
 def test_max_kl(tmp_path: Path) -> None:
     """A missed threshold keeps the result and its report."""
     with pytest.raises(VerificationError, match=r"out\.onnx: mean KL \d\.\d+ is over the allowed 0\.001") as caught:

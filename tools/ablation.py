@@ -113,7 +113,7 @@ def main() -> int:
             wanted = row.name in arguments.rows if arguments.rows else not (output / f"{row.name}.json").is_file()
             if wanted:
                 _store(output / f"{row.name}.json", measure(arguments.model, row, source, output, TerminalProgress()))
-    found = [json.loads((output / f"{name}.json").read_text()) for name in rows if (output / f"{name}.json").is_file()]
+    found = [figures for row in rows.values() if (figures := _load(output / f"{row.name}.json", row)) is not None]
     Console(width=200).print(_table(found))
     if arguments.record:
         head = environment()
@@ -276,6 +276,15 @@ def _trained(architecture: str) -> Path:
 def _store(path: Path, figures: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def _load(path: Path, row: Row) -> dict[str, Any] | None:
+    """The figures kept of a row; None if there are none, or none of the recipe that the row stands for now."""
+    figures: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if figures and figures["changes"] != row.changes:
+        print(f"{row.name}: measured with another recipe, left out: measure it again", file=sys.stderr)
+        return None
+    return figures | {"title": row.title} if figures else None
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:

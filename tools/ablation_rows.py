@@ -53,26 +53,30 @@ def _chain() -> list[Row]:
 
 
 _BALANCED = _chain()[-1].changes
+_GPTQ = next(row for row in _chain() if row.name == "gptq").changes
 
 
 def _instead(name: str, title: str, changes: Mapping[str, Any]) -> Row:
-    """A variant of the last step of the chain."""
-    return Row(name, title, "paper", _BALANCED | dict(changes))
+    """A variant of the chain's step with GPTQ, without what comes after it."""
+    return Row(name, title, "paper", _GPTQ | dict(changes))
 
 
 _PER_TOKEN = {"activations.scheme": "per-token"}
 _SEARCH = {"equalization.method": "search"}
 _NO_ROTATION = {"rotation.residual": False, "rotation.heads": False}
-_ACCURATE = _instead(
-    "accurate", "accurate: every activation per token, groups of 64", _PER_TOKEN | {"weights.group_size": 64}
+_ACCURATE = Row(
+    "accurate",
+    "accurate: every activation per token, groups of 64",
+    "paper",
+    _BALANCED | _PER_TOKEN | {"weights.group_size": 64},
 )
-# Variants of balanced that leave one thing out: what it is worth with all others there.
+# Variants with GPTQ that leave one thing out: what it is worth with all others there.
 _WITHOUT: tuple[Row, ...] = (
-    _instead("no-rotation", "balanced without rotation", _NO_ROTATION),
-    _instead("heads-only", "balanced, rotation of the heads alone", {"rotation.residual": False}),
-    _instead("natural-order", "balanced, GPTQ in natural order", {"weights.order": "natural"}),
-    _instead("no-token-cap", "balanced, every token counts fully", {"weights.token_cap": 0}),
-    _instead("float-weights", "balanced, activations only", {"weights.format": "float"} | _FLOAT_TABLE),
+    _instead("no-rotation", "GPTQ without rotation", _NO_ROTATION),
+    _instead("heads-only", "GPTQ, rotation of the heads alone", {"rotation.residual": False}),
+    _instead("natural-order", "GPTQ in natural order", {"weights.order": "natural"}),
+    _instead("no-token-cap", "GPTQ, attention sinks not capped", {"weights.token_cap": 0}),
+    _instead("float-weights", "activations only, no GPTQ", {"weights.format": "float"} | _FLOAT_TABLE),
 )
 _TABLE_ALONE = Row(
     "int8-table-alone",
@@ -80,20 +84,18 @@ _TABLE_ALONE = Row(
     "paper",
     _INT8_TABLE | {"layers.include": ["lm_head"]},
 )
-_SEARCHED = _instead("search", "balanced, equalizer searched from 15 to 150", _SEARCH | {"activations.v1": 150})
+_SEARCHED = _instead("search", "GPTQ, equalizer searched from 15 to 150", _SEARCH | {"activations.v1": 150})
 
 LANGUAGE_ROWS: tuple[Row, ...] = (*_chain(), _ACCURATE, *_WITHOUT, _TABLE_ALONE, _SEARCHED)
 
 ENCODER_ROWS: tuple[Row, ...] = (
     *_chain(),
     _ACCURATE,
-    _instead("mse-range", "balanced, static ranges of least squared error", {"activations.static_range": "mse"}),
+    _instead("mse-range", "GPTQ, static ranges of least squared error", {"activations.static_range": "mse"}),
     _SEARCHED,
-    _instead(
-        "search-all", "balanced, equalizer searched for all", _SEARCH | {"activations.v0": 0, "activations.v1": 1e9}
-    ),
-    _instead("bias-correction", "balanced, bias correction", {"weights.bias_correction": True}),
-    _instead("asymmetric", "balanced, asymmetric static activations", {"activations.symmetric": False}),
+    _instead("search-all", "GPTQ, equalizer searched for all", _SEARCH | {"activations.v0": 0, "activations.v1": 1e9}),
+    _instead("bias-correction", "GPTQ, bias correction", {"weights.bias_correction": True}),
+    _instead("asymmetric", "GPTQ, asymmetric static activations", {"activations.symmetric": False}),
 )
 
 # The packaged recipes as they are, and what their parts cost.

@@ -236,6 +236,9 @@ def test_evaluate(model: Path, text: Path) -> None:
     }
     assert both["tokens"] == 60 and both["kl_mean"] > 0 and 0 < both["top1_agreement"] < 1
     floats = json.loads(_run("evaluate", model, *arguments[2:], "--json").stdout)
+    # The folder of a model stands for it, as for the other commands.
+    in_folder = json.loads(_run("evaluate", model.parent, *arguments[2:], "--json").stdout)
+    assert in_folder["perplexity"] == floats["perplexity"]
     assert floats["perplexity"] == pytest.approx(both["reference_perplexity"], rel=1e-5)
     assert floats["kl_mean"] is None and floats["perplexity"] != pytest.approx(both["perplexity"], rel=1e-3)
 

@@ -13,6 +13,7 @@ from fptq_onnx.cli.common import AsJson, OnProvider, Provider, TokenizerPath, ap
 from fptq_onnx.errors import CalibrationError
 from fptq_onnx.evaluation.language_model import open_language_model
 from fptq_onnx.evaluation.perplexity import evaluate as evaluate_perplexity
+from fptq_onnx.generation.generate import find_model
 from fptq_onnx.progress import TerminalProgress
 
 __all__ = ["evaluate"]
@@ -21,7 +22,9 @@ __all__ = ["evaluate"]
 @app.command()
 @reporting_errors
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="ONNX causal language model, float or quantized.", show_default=False)],
+    model: Annotated[
+        Path, typer.Argument(help="ONNX causal language model, float or quantized, or its folder.", show_default=False)
+    ],
     text: Annotated[Path, typer.Option("--text", help="UTF-8 text to score.", show_default=False)],
     tokenizer: TokenizerPath = None,
     window: Annotated[int, typer.Option("--window", min=2, help="Tokens per window; windows do not overlap.")] = 512,
@@ -31,20 +34,23 @@ def evaluate(
     ] = None,
     against: Annotated[
         Path | None,
-        typer.Option("--against", help="Float model: adds mean KL and top-1 agreement.", show_default=False),
+        typer.Option(
+            "--against", help="Float model or its folder: adds mean KL and top-1 agreement.", show_default=False
+        ),
     ] = None,
     provider: OnProvider = Provider.CPU,
     as_json: AsJson = False,
 ) -> None:
     """Perplexity of a text, and the distance from a float model."""
-    found = tokenizer or find_tokenizer(model)
+    file = find_model(model)
+    found = tokenizer or find_tokenizer(file)
     if found is None:
-        raise CalibrationError(str(model), "there is no tokenizer.json beside it", "Give one with --tokenizer")
+        raise CalibrationError(str(file), "there is no tokenizer.json beside it", "Give one with --tokenizer")
     token_ids = encode_text(load_tokenizer(found), read_text(text), str(text))
     result = evaluate_perplexity(
-        open_language_model(model, provider.value),
+        open_language_model(file, provider.value),
         token_ids,
-        against=None if against is None else open_language_model(against, provider.value),
+        against=None if against is None else open_language_model(find_model(against), provider.value),
         window=window,
         max_tokens=max_tokens,
         progress=TerminalProgress(),

@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 FUZZ_ARGS ?=
+# make sanitize RECORD=1 writes what it found to tools/records.
+RECORD ?=
 JOBS ?= 2
 # AUTO builds the CUDA kernels where nvcc is found; OFF and ON decide it.
 CUDA ?= AUTO
@@ -63,10 +65,11 @@ build/sanitize: $(STAMP)
 	$(BIN)/cmake --build build/sanitize -j $(JOBS)
 
 sanitize: build/sanitize  ## the same under Address- and UndefinedBehaviorSanitizer, concurrent sessions under ThreadSanitizer
-	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
+	$(BIN)/ctest --test-dir build/sanitize --output-on-failure --output-junit $(CURDIR)/build/sanitize/results.xml
 	$(BIN)/cmake -S custom_ops -B build/tsan -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DFPTQ_CUDA=OFF -DFPTQ_BUILD_TESTS=ON -DFPTQ_SANITIZE=thread
 	$(BIN)/cmake --build build/tsan -j $(JOBS) --target fptq_concurrency_test
-	$(BIN)/ctest --test-dir build/tsan --output-on-failure -R concurrency
+	$(BIN)/ctest --test-dir build/tsan --output-on-failure -R concurrency --output-junit $(CURDIR)/build/tsan/results.xml
+	$(if $(RECORD),$(BIN)/python tools/record_sanitizers.py address,undefined=build/sanitize/results.xml thread=build/tsan/results.xml)
 
 fuzz: build/sanitize  ## a million random nodes and thousands of random sessions against the sanitized op library; writes a record
 	$(BIN)/python tools/fuzz_ops.py build/sanitize $(FUZZ_ARGS)

@@ -69,7 +69,7 @@ sanitize: build/sanitize  ## the same under Address- and UndefinedBehaviorSaniti
 	$(BIN)/cmake -S custom_ops -B build/tsan -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DFPTQ_CUDA=OFF -DFPTQ_BUILD_TESTS=ON -DFPTQ_SANITIZE=thread
 	$(BIN)/cmake --build build/tsan -j $(JOBS) --target fptq_concurrency_test
 	$(BIN)/ctest --test-dir build/tsan --output-on-failure -R concurrency --output-junit $(CURDIR)/build/tsan/results.xml
-	$(if $(RECORD),$(BIN)/python tools/record_sanitizers.py address,undefined=build/sanitize/results.xml thread=build/tsan/results.xml)
+	$(if $(RECORD),$(BIN)/python tools/record_sanitizers.py address+undefined=build/sanitize/results.xml thread=build/tsan/results.xml)
 
 fuzz: build/sanitize  ## a million random nodes and thousands of random sessions against the sanitized op library; writes a record
 	$(BIN)/python tools/fuzz_ops.py build/sanitize $(FUZZ_ARGS)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write what the sanitizers' runs of the kernel tests found to tools/records/; `make sanitize RECORD=1` calls it.
 
-    python tools/record_sanitizers.py address,undefined=build/sanitize/results.xml thread=build/tsan/results.xml
+    python tools/record_sanitizers.py address+undefined=build/sanitize/results.xml thread=build/tsan/results.xml
 
 Each argument names sanitizers and the JUnit file that `ctest --output-junit` wrote. A test that failed, or a file that
 holds none, is an error, and no record is written.

@@ -53,7 +53,8 @@ def main() -> int:
         sanitizers, _, results = run.partition("=")
         found += rows(sanitizers, Path(results))
     protocol = "Each test is a program of custom_ops/tests, compiled with the sanitizers; a report of theirs fails it."
-    print(write_record("sanitize", {"protocol": protocol, "failures": 0, "rows": found}, arguments.json))
+    content = {"protocol": protocol, "failures": 0, "rows": found}
+    print(write_record("sanitize", content, arguments.json, "tools/record_sanitizers.py"))
     return 0
 
 

@@ -25,6 +25,7 @@ def test_every_test_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert record_sanitizers.main() == 0
     written = json.loads(record.read_text(encoding="utf-8"))
     assert written["kind"] == "sanitize" and written["failures"] == 0
+    assert written["command"].startswith("python tools/record_sanitizers.py thread=")
     assert written["rows"] == [{"sanitizers": "thread", "test": "cpu_kernels", "seconds": 1.23}]
 
 

@@ -109,6 +109,7 @@ def test_built_library_has_the_intended_code():
 
     if library_info().cuda is None:
         pytest.skip("the installed library was built without CUDA kernels")
-    if check_sass.disassembler() is None:
-        pytest.skip("no disassembler: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+    assert check_sass.disassembler() is not None, (
+        "no disassembler: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
+    )
     assert check_sass.faults(check_sass.read(get_library_path())) == []

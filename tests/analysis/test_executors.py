@@ -52,7 +52,6 @@ def test_two_processes_measure_the_same(
 def test_two_ray_actors_measure_the_same(
     prepared: tuple[Request, Path, dict[Experiment, Measurement]],
 ) -> None:
-    pytest.importorskip("ray", reason="pip install fptq-onnx[ray]")
     request, folder, wanted = prepared
     _check(RayExecutor(request, folder, "local", 2, 1), wanted)
 
@@ -60,7 +59,6 @@ def test_two_ray_actors_measure_the_same(
 def test_there_is_no_ray_cluster_at_a_wrong_address(
     prepared: tuple[Request, Path, dict[Experiment, Measurement]],
 ) -> None:
-    pytest.importorskip("ray", reason="pip install fptq-onnx[ray]")
     request, folder, _ = prepared
     with pytest.raises(RuntimeUnavailableError, match="cannot be reached"):
         RayExecutor(request, folder, "no-such-scheme://nowhere", 1, 1)

@@ -10,7 +10,6 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
-import pytest
 from conftest import Analyzed
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -18,8 +17,6 @@ FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"),
 )
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
-
 LABELS = {
     "Sensitivity ranking": ["loss of the layer quantized alone (nats per token)"],
     "Groups of layers": ["loss (nats per token)", "block (depth)"],
@@ -66,7 +63,7 @@ def test_the_page_follows_the_colour_scheme(outlier: Analyzed) -> None:
 
 
 def _chromium(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    assert CHROMIUM is not None
+    assert CHROMIUM is not None, "no Chromium: apt-get install chromium"
     command = [CHROMIUM, *FLAGS, f"--user-data-dir={folder / 'profile'}", *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=180)
 
@@ -80,7 +77,6 @@ def _screenshot(page: Path, folder: Path, scheme: str) -> np.ndarray:
     return np.asarray(imread(io.BytesIO(target.read_bytes())))[..., :3]
 
 
-@needs_chromium
 def test_a_browser_shows_the_page_in_both_schemes(outlier: Analyzed, tmp_path: Path) -> None:
     page = outlier.report / "report.html"
     light, dark = (_screenshot(page, tmp_path, scheme) for scheme in ("light", "dark"))
@@ -94,7 +90,6 @@ def test_a_browser_shows_the_page_in_both_schemes(outlier: Analyzed, tmp_path: P
         assert np.count_nonzero((red < 0.4) & (green > 0.55) & (blue > 0.55)) > 5000
 
 
-@needs_chromium
 def test_a_phone_shows_the_page_without_scrolling_sideways(outlier: Analyzed, tmp_path: Path) -> None:
     """In a frame of 390 pixels, as no window of Chromium is that narrow."""
     inner = html.escape(_page(outlier), quote=True)

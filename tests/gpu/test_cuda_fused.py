@@ -3,14 +3,12 @@
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
+from gpu_bench.sessions import ELEMENT_TYPES, BoundRun, cuda_session, placement
 from onnx import helper, numpy_helper
 
-torch = pytest.importorskip("torch")
-
-from gpu_bench.sessions import ELEMENT_TYPES, BoundRun, cuda_session, placement  # noqa: E402
-
-from fptq_onnx import ops  # noqa: E402
-from fptq_onnx.ops import fused_quantize, w8a8_matmul  # noqa: E402
+from fptq_onnx import ops
+from fptq_onnx.ops import fused_quantize, w8a8_matmul
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NUMPY = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: ml_dtypes.bfloat16}

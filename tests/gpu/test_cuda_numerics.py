@@ -3,11 +3,9 @@
 import random
 
 import pytest
-
-torch = pytest.importorskip("torch")
-
-from gpu_bench.onnx_models import Activation, layer_model, static_scale  # noqa: E402
-from gpu_bench.problem import (  # noqa: E402
+import torch
+from gpu_bench.onnx_models import Activation, layer_model, static_scale
+from gpu_bench.problem import (
     EXCESS_TOLERANCE,
     ZERO_POINT,
     Shape,
@@ -18,7 +16,7 @@ from gpu_bench.problem import (  # noqa: E402
     random_weight,
     reference,
 )
-from gpu_bench.sessions import BoundRun, cuda_session  # noqa: E402
+from gpu_bench.sessions import BoundRun, cuda_session
 
 POISON = {torch.uint8: 77}
 

@@ -9,13 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from gpu_bench.onnx_models import Activation, Format, ModelBuilder, layer_model, w4a8_layer, write_chain
+from gpu_bench.problem import Shape, pack_int4, random_activations, random_weight
+from gpu_bench.sessions import BoundRun, cuda_session, placement
 from onnx import TensorProto, helper
-
-torch = pytest.importorskip("torch")
-
-from gpu_bench.onnx_models import Activation, Format, ModelBuilder, layer_model, w4a8_layer, write_chain  # noqa: E402
-from gpu_bench.problem import Shape, pack_int4, random_activations, random_weight  # noqa: E402
-from gpu_bench.sessions import BoundRun, cuda_session, placement  # noqa: E402
 
 TOOLS = str(Path(__file__).resolve().parents[2] / "tools")
 CHAIN = (Shape(1024, 1536), Shape(1536, 1024))

@@ -4,20 +4,18 @@ import json
 import re
 from types import SimpleNamespace
 
+import bench_gpu
+import make_tables
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-
-torch = pytest.importorskip("torch")
-
-import bench_gpu  # noqa: E402
-import make_tables  # noqa: E402
-from gpu_bench import records  # noqa: E402
-from gpu_bench.decoder import Decoder  # noqa: E402
-from gpu_bench.onnx_models import Activation, Format, layer_model, static_scale, write_chain  # noqa: E402
-from gpu_bench.peers import COLD_BYTES, cold_copies  # noqa: E402
-from gpu_bench.problem import (  # noqa: E402
+import torch
+from gpu_bench import records
+from gpu_bench.decoder import Decoder
+from gpu_bench.onnx_models import Activation, Format, layer_model, static_scale, write_chain
+from gpu_bench.peers import COLD_BYTES, cold_copies
+from gpu_bench.problem import (
     Shape,
     excess_error,
     pack_int4,
@@ -26,10 +24,10 @@ from gpu_bench.problem import (  # noqa: E402
     random_weight,
     reference,
 )
-from gpu_bench.random_decoder import DecoderConfig, write_decoder  # noqa: E402
-from gpu_bench.sessions import op_library  # noqa: E402
-from gpu_bench.tables import markdown_table  # noqa: E402
-from gpu_bench.timing import Timing, interleave  # noqa: E402
+from gpu_bench.random_decoder import DecoderConfig, write_decoder
+from gpu_bench.sessions import op_library
+from gpu_bench.tables import markdown_table
+from gpu_bench.timing import Timing, interleave
 
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
 

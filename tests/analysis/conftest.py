@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,24 +11,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import planted
 
-from fptq_onnx.analysis.result import Analysis
-
-
-@dataclass(frozen=True)
-class Analyzed:
-    """An analysis of a tiny model, all steps, and where its files are."""
-
-    model: Path
-    folder: Path
-    report: Path
-    work_dir: Path
-    analysis: Analysis
-
 
 @pytest.fixture(scope="session")
-def outlier(tmp_path_factory: pytest.TempPathFactory) -> Analyzed:
+def outlier(tmp_path_factory: pytest.TempPathFactory) -> planted.Analyzed:
     """A model with one input channel scaled by 1000, analyzed once for all tests, which leave it as it is."""
     folder = tmp_path_factory.mktemp("outlier")
     model = planted.plant(folder, planted.scaled_channels("block.1.fc1", [7], 1000))
     analysis = planted.analyzed(model, folder, work_dir=folder / "work", target=0.5)
-    return Analyzed(model, folder, folder / "report", folder / "work", analysis)
+    return planted.Analyzed(model, folder, folder / "report", folder / "work", analysis)

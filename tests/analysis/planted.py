@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,17 @@ from fptq_onnx.recipe import Recipe
 
 WINDOW = 32
 RECIPE = {"calibration.windows": 4, "calibration.length": WINDOW, "weights.group_size": 32}
+
+
+@dataclass(frozen=True)
+class Analyzed:
+    """An analysis of a tiny model, all steps, and where its files are."""
+
+    model: Path
+    folder: Path
+    report: Path
+    work_dir: Path
+    analysis: Analysis
 
 
 def recipe(**overrides: Any) -> Recipe:

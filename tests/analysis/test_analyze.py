@@ -8,7 +8,7 @@ from pathlib import Path
 
 import planted
 import pytest
-from conftest import Analyzed
+from planted import Analyzed
 from typer.testing import CliRunner
 
 import fptq_onnx

@@ -8,7 +8,7 @@ from pathlib import Path
 import families
 import planted
 import pytest
-from conftest import Analyzed
+from planted import Analyzed
 
 from fptq_onnx.analysis.inspection import clipped_share, outlier_channels
 from fptq_onnx.calibration.tokens import encode_text, load_tokenizer, read_text

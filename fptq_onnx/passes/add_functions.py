@@ -6,7 +6,15 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from fptq_onnx.ops import DOMAIN, VERSION, dynamic_quantize_per_token, fused_quantize, w4a8_matmul, w8a8_matmul
+from fptq_onnx.ops import (
+    DOMAIN,
+    VERSION,
+    dynamic_quantize_per_token,
+    fused_quantize,
+    group_query_attention,
+    w4a8_matmul,
+    w8a8_matmul,
+)
 
 __all__ = ["AddFunctionsPass"]
 
@@ -17,6 +25,7 @@ FUNCTIONS: dict[tuple[str, str], Callable[[], ir.Function]] = {
     (w4a8_matmul.NAME, w4a8_matmul.INTEGER_SCALES): w4a8_matmul.integer_scales_function,
     (w8a8_matmul.NAME, ""): w8a8_matmul.function,
     **{(name, ""): function for name, function in fused_quantize.FUNCTIONS.items()},
+    **{(name, ""): function for name, function in group_query_attention.FUNCTIONS.items()},
 }
 
 

@@ -40,8 +40,27 @@ OPS: dict[str, tuple[list[tuple[str, Any]], int]] = {
     "DynamicQuantizePerToken": ([("X", T)], 2),
     "RMSNormQuantize": ([("X", T), ("weight", T), ("s", TensorProto.FLOAT), ("z", TensorProto.UINT8)], 1),
     "SkipRMSNormDynamicQuantize": ([("X", T), ("skip", T), ("weight", T)], 3),
+    "PackedRotaryGroupQueryAttention": (
+        [
+            *[(name, TensorProto.FLOAT) for name in ("qkv", "past_key", "past_value")],
+            *[(name, TensorProto.INT32) for name in ("seqlens_k", "total_sequence_length")],
+            *[(name, TensorProto.FLOAT) for name in ("cos_cache", "sin_cache")],
+        ],
+        3,
+    ),
     "SiluMulQuantize": ([("gate", T), ("up", T), ("s", TensorProto.FLOAT), ("z", TensorProto.UINT8)], 1),
 }
+# Of the attention op, for 4 query heads on 2 key/value heads; any length from 1 to 9 is sound.
+_ATTENTION: dict[str, list[int]] = {
+    "qkv": [1, 1, 128],
+    "past_key": [1, 2, 8, 16],
+    "past_value": [1, 2, 8, 16],
+    "seqlens_k": [1],
+    "total_sequence_length": [],
+    "cos_cache": [9, 8],
+    "sin_cache": [9, 8],
+}
+_ATTENTION_ATTRIBUTES = {"num_heads": 4, "kv_num_heads": 2, "scale": 0.25, "rotary_interleaved": 0}
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _TYPES = (*_FLOATS, TensorProto.UINT8, TensorProto.INT8, TensorProto.INT4, TensorProto.INT64, TensorProto.STRING)
 _DIMENSIONS = (0, 1, 2, 3, 8, 15, 16, 17, 31, 32, 33, 64, 65)
@@ -62,10 +81,12 @@ def model(rng: random.Random) -> tuple[bytes, dict[str, list[int]], dict[str, in
         "B": [k, n],
         "b_scale": [-(-k // block), n] if op == "W4A8MatMul" else [n],
         "weight": [k],
+        **_ATTENTION,
         **dict.fromkeys(("a_zero_point", "s", "z"), rng.choice(([], [1]))),
     }
     attributes: dict[str, Any] = {"block_size": block, "scale_max_multiple": rng.choice((0, 1, 15))}
     attributes = attributes if op == "W4A8MatMul" else {"epsilon": 1e-5} if "Norm" in op else {}
+    attributes = dict(_ATTENTION_ATTRIBUTES) if "Attention" in op else attributes
     constant = {"B", "b_scale", "weight"} | ({"a_zero_point"} if rng.random() < 0.7 else set())
     types = {name: kind if dtype == T else dtype for name, dtype in operands}
     true = {name: shapes.get(name, [*rows, k]) for name, _ in operands}
@@ -133,6 +154,8 @@ def _tensor(name: str, dtype: int, shape: list[int], data: np.random.Generator) 
 
 def _bytes(dtype: int, size: int, data: np.random.Generator) -> bytes:
     """Random bits, which are NaN and infinity at times, or sensible numbers."""
+    if dtype == TensorProto.INT32 and data.random() < 0.8:  # a length
+        return data.integers(0, 10, size // 4).astype(np.int32).tobytes()
     if dtype == TensorProto.FLOAT and data.random() < 0.8:
         return data.standard_normal(size // 4).astype(np.float32).tobytes()
     if dtype == TensorProto.FLOAT16 and data.random() < 0.8:

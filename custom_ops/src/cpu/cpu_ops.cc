@@ -9,6 +9,7 @@
 #include "common/dynamic_quantize_per_token_schema.h"
 #include "common/w4a8_matmul_schema.h"
 #include "common/w8a8_matmul_schema.h"
+#include "cpu/attention_ops.h"
 #include "cpu/fused_ops.h"
 #include "cpu/isa.h"
 #include "cpu/kernel_context.h"
@@ -17,23 +18,6 @@
 
 namespace fptq::cpu {
 namespace {
-
-// Scratch memory from the session's arena.
-class Scratch {
- public:
-  Scratch(const Ort::KernelContext& context, const Ort::MemoryInfo& memory, size_t bytes)
-      : allocator_(context.GetAllocator(*static_cast<const OrtMemoryInfo*>(memory))), data_(allocator_.Alloc(bytes)) {
-    if (data_ == nullptr) throw Ort::Exception(Concat("fptq: no memory for ", bytes, " bytes of scratch"), ORT_FAIL);
-  }
-  ~Scratch() { allocator_.Free(data_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  void* data() const { return data_; }
-
- private:
-  Ort::Allocator allocator_;
-  void* data_;
-};
 
 // The weights of a node, as its kernel packs them.
 template <ONNXTensorElementDataType kType>
@@ -162,6 +146,7 @@ void AddCpuOps(OpRegistry& registry) {
   AddOps<ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT>(registry);
   AddOps<ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16>(registry);
   AddOps<ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16>(registry);
+  AddAttentionOps(registry);
 }
 
 }  // namespace fptq::cpu

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "cpu/attention.h"
 #include "cpu/fused_quantize.h"
 #include "cpu/packed_weights.h"
 
@@ -40,6 +41,8 @@ struct Kernels {
   QuantizeRows quantize;
   NormFunction norm;
   SiluMulFunction silu_mul;
+  RotateFunction rotate;
+  AttendFunction attend;
   int64_t rows_per_task;  ///< of gemm: large enough to repay what it does once per call
 
   const char* few_rows_name = nullptr;  ///< whose gemm takes calls of fewer rows than few_rows_below
@@ -53,6 +56,8 @@ void PrepareRows(const PackedWeights& weights, const uint8_t* a, int64_t rows, i
 void QuantizeRows(const void* x, ElementType type, int64_t rows, int64_t k, uint8_t* y, float* scale);
 void NormRows(const NormCall& call, int64_t begin, int64_t end, float* buffer);
 void SiluMulRows(const SiluMulCall& call, int64_t begin, int64_t end, float* buffer);
+void RotateHead(const AttentionCall& call, const float* x, int64_t position, float factor, float* y);
+void Attend(const AttentionCall& call, const AttentionTask& task, float* scratch);
 }  // namespace avx512vnni
 
 extern const Kernels kPortableKernels;

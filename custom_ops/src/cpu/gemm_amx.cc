@@ -99,6 +99,8 @@ const Kernels kAmxKernels = {"amx",
                              avx512vnni::QuantizeRows,
                              avx512vnni::NormRows,
                              avx512vnni::SiluMulRows,
+                             avx512vnni::RotateHead,
+                             avx512vnni::Attend,
                              kMaxPanelRows,
                              "avx512vnni",
                              kTileRows};

@@ -41,7 +41,7 @@ inline __m256i DotQuads(__m256i acc, __m256i low, __m256i high, __m256i first, _
 
 }  // namespace
 
-const Kernels kAvx2Kernels = {"avx2", Gemm, Prepare, Quantize, NormRows, SiluMulRows, 64};
+const Kernels kAvx2Kernels = {"avx2", Gemm, Prepare, Quantize, NormRows, SiluMulRows, RotateHead, Attend, 64};
 
 }  // namespace fptq::cpu
 FPTQ_TARGET_END

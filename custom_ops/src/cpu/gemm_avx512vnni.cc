@@ -77,6 +77,40 @@ struct V {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), Set(127)), 23));
   }
 
+  // b where one of them is NaN.
+  static Float Max(Float a, Float b) { return _mm512_max_ps(a, b); }
+  static float ReduceMax(Float a) { return _mm512_reduce_max_ps(a); }
+  static float ReduceAdd(Float a) { return _mm512_reduce_add_ps(a); }
+  static Float KeepFirst(Float a, int count, float other) {
+    return _mm512_mask_mov_ps(SetFloat(other), FirstLanes(count), a);
+  }
+  // columns[16 * c + r] = row[r][c]
+  static void StoreTransposed(const Float (&row)[16], float* columns) {
+    Float fours[4][4];  // [rows 4 i to 4 i + 3][c]: columns c, 4 + c, 8 + c and 12 + c
+    FPTQ_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const __m512d low = _mm512_castps_pd(_mm512_unpacklo_ps(row[4 * i], row[4 * i + 1]));
+      const __m512d high = _mm512_castps_pd(_mm512_unpackhi_ps(row[4 * i], row[4 * i + 1]));
+      const __m512d next_low = _mm512_castps_pd(_mm512_unpacklo_ps(row[4 * i + 2], row[4 * i + 3]));
+      const __m512d next_high = _mm512_castps_pd(_mm512_unpackhi_ps(row[4 * i + 2], row[4 * i + 3]));
+      fours[i][0] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, next_low));
+      fours[i][1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, next_low));
+      fours[i][2] = _mm512_castpd_ps(_mm512_unpacklo_pd(high, next_high));
+      fours[i][3] = _mm512_castpd_ps(_mm512_unpackhi_pd(high, next_high));
+    }
+    FPTQ_UNROLL
+    for (int c = 0; c < 4; ++c) {
+      const Float even = _mm512_shuffle_f32x4(fours[0][c], fours[1][c], 0x88);
+      const Float odd = _mm512_shuffle_f32x4(fours[0][c], fours[1][c], 0xdd);
+      const Float next_even = _mm512_shuffle_f32x4(fours[2][c], fours[3][c], 0x88);
+      const Float next_odd = _mm512_shuffle_f32x4(fours[2][c], fours[3][c], 0xdd);
+      Store(columns + 16 * c, _mm512_shuffle_f32x4(even, next_even, 0x88));
+      Store(columns + 16 * (4 + c), _mm512_shuffle_f32x4(odd, next_odd, 0x88));
+      Store(columns + 16 * (8 + c), _mm512_shuffle_f32x4(even, next_even, 0xdd));
+      Store(columns + 16 * (12 + c), _mm512_shuffle_f32x4(odd, next_odd, 0xdd));
+    }
+  }
+
   struct Squares {
     __m512d half[2];
   };
@@ -161,9 +195,16 @@ void SiluMulRows(const SiluMulCall& call, int64_t begin, int64_t end, float* buf
   cpu::SiluMulRows(call, begin, end, buffer);
 }
 
+void RotateHead(const AttentionCall& call, const float* x, int64_t position, float factor, float* y) {
+  cpu::RotateHead(call, x, position, factor, y);
+}
+
+void Attend(const AttentionCall& call, const AttentionTask& task, float* scratch) { cpu::Attend(call, task, scratch); }
+
 }  // namespace avx512vnni
 
-const Kernels kAvx512VnniKernels = {"avx512vnni", Gemm, Prepare, Quantize, NormRows, SiluMulRows, 96};
+const Kernels kAvx512VnniKernels = {"avx512vnni", Gemm,       Prepare, Quantize, NormRows,
+                                    SiluMulRows,  RotateHead, Attend,  96};
 
 }  // namespace fptq::cpu
 FPTQ_TARGET_END

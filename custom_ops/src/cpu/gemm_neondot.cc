@@ -137,6 +137,31 @@ struct V {
     return EachInt([&](int q) { return vreinterpretq_s32_f32(vabsq_f32(a.val[q])); });
   }
 
+  static Float Max(const Float& a, const Float& b) {  // NaN where one of them is
+    return Each([&](int q) { return vmaxq_f32(a.val[q], b.val[q]); });
+  }
+  static float ReduceMax(const Float& a) {
+    return vmaxvq_f32(vmaxq_f32(vmaxq_f32(a.val[0], a.val[1]), vmaxq_f32(a.val[2], a.val[3])));
+  }
+  static float ReduceAdd(const Float& a) {
+    return vaddvq_f32(vaddq_f32(vaddq_f32(a.val[0], a.val[1]), vaddq_f32(a.val[2], a.val[3])));
+  }
+  static Float KeepFirst(const Float& a, int count, float other) {
+    const int32x4_t lane = {0, 1, 2, 3};
+    return Each(
+        [&](int q) { return vbslq_f32(vcltq_s32(lane, vdupq_n_s32(count - 4 * q)), a.val[q], vdupq_n_f32(other)); });
+  }
+  // columns[16 * c + r] = row[r][c], in blocks of 4 x 4
+  static void StoreTransposed(const Float (&row)[16], float* columns) {
+    for (int r = 0; r < 16; r += 4) {
+      FPTQ_QUARTERS {
+        float block[16];
+        vst4q_f32(block, {{row[r].val[q], row[r + 1].val[q], row[r + 2].val[q], row[r + 3].val[q]}});
+        for (int c = 0; c < 4; ++c) vst1q_f32(columns + 16 * (4 * q + c) + r, vld1q_f32(block + 4 * c));
+      }
+    }
+  }
+
   struct Squares {
     float64x2_t pair[8];
   };
@@ -241,7 +266,7 @@ struct V {
 
 }  // namespace
 
-const Kernels kNeonDotKernels = {"neondot", Gemm, Prepare, Quantize, NormRows, SiluMulRows, 64};
+const Kernels kNeonDotKernels = {"neondot", Gemm, Prepare, Quantize, NormRows, SiluMulRows, RotateHead, Attend, 64};
 
 }  // namespace fptq::cpu
 FPTQ_TARGET_END

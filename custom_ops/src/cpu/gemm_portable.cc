@@ -84,7 +84,8 @@ void Prepare(const PackedWeights& w, const uint8_t* a, int64_t rows, int8_t* pre
 
 namespace fptq::cpu {
 
-const Kernels kPortableKernels = {
-    "portable", portable::Gemm, portable::Prepare, portable::Quantize, portable::NormRows, portable::SiluMulRows, 64};
+const Kernels kPortableKernels = {"portable",           portable::Gemm,     portable::Prepare,
+                                  portable::Quantize,   portable::NormRows, portable::SiluMulRows,
+                                  portable::RotateHead, portable::Attend,   64};
 
 }  // namespace fptq::cpu

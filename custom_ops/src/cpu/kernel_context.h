@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/node_location.h"
 #include "cpu/element.h"
 #include "cpu/parallel.h"
 #include "onnxruntime_cxx_api.h"
@@ -25,6 +26,23 @@ inline Parallel PoolOf(const Ort::KernelContext& context) {
             static_cast<const Ort::KernelContext*>(pool)->ParallelFor(function, tasks, 0, data);
           }};
 }
+
+/// Scratch memory from the session's arena.
+class Scratch {
+ public:
+  Scratch(const Ort::KernelContext& context, const Ort::MemoryInfo& memory, size_t bytes)
+      : allocator_(context.GetAllocator(*static_cast<const OrtMemoryInfo*>(memory))), data_(allocator_.Alloc(bytes)) {
+    if (data_ == nullptr) throw Ort::Exception(Concat("fptq: no memory for ", bytes, " bytes of scratch"), ORT_FAIL);
+  }
+  ~Scratch() { allocator_.Free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  void* data() const { return data_; }
+
+ private:
+  Ort::Allocator allocator_;
+  void* data_;
+};
 
 /// Rows of k values that are worth a dispatch, for work that passes over them once or twice.
 inline int64_t RowsPerTask(int64_t k) { return std::max<int64_t>(1, (int64_t{1} << 15) / k); }

@@ -15,4 +15,6 @@
 #define FPTQ_TARGET_END FPTQ_PRAGMA(GCC pop_options)
 #endif
 
+#define FPTQ_UNROLL _Pragma("GCC unroll 16")  // so that arrays of registers are registers
+
 #endif  // FPTQ_CPU_TARGET_H_

@@ -57,9 +57,15 @@ struct Tiles {
 
 }  // namespace
 
-const Kernels kEmulatedAmxKernels = {
-    "amx (emulated tiles)",  Gemm,         avx512vnni::PrepareRows, avx512vnni::QuantizeRows, avx512vnni::NormRows,
-    avx512vnni::SiluMulRows, kMaxPanelRows};
+const Kernels kEmulatedAmxKernels = {"amx (emulated tiles)",
+                                     Gemm,
+                                     avx512vnni::PrepareRows,
+                                     avx512vnni::QuantizeRows,
+                                     avx512vnni::NormRows,
+                                     avx512vnni::SiluMulRows,
+                                     avx512vnni::RotateHead,
+                                     avx512vnni::Attend,
+                                     kMaxPanelRows};
 
 }  // namespace fptq::cpu
 FPTQ_TARGET_END

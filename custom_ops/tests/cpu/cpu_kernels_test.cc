@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "amx_emulation.h"
+#include "attention_test.h"
 #include "cpu/element.h"
 #include "cpu/isa.h"
 #include "cpu/packed_gemm.h"
@@ -304,7 +305,9 @@ int main(int argc, char** argv) {
     TestGemm(random, *kernels, problems);
     TestQuantize(random, *kernels, problems);
     TestFusedQuantize(random, *kernels, problems);
-    std::printf("%s: %d random products and %d quantizations are exact\n", kernels->name, problems, problems);
+    TestAttention(random, *kernels, problems / 4, ThreadPool());
+    std::printf("%s: %d random products and %d quantizations are exact, attention is close\n", kernels->name, problems,
+                problems);
   }
   return 0;
 }

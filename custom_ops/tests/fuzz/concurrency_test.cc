@@ -32,6 +32,10 @@ struct Job {
     const std::string type = op->GetName(op);
     const bool four_bits = type == "W4A8MatMul", matmul = four_bits || type == "W8A8MatMul";
     const size_t count = op->GetInputTypeCount(op);
+    if (type.find("Attention") != std::string::npos) {
+      AddAttention(type.find("Packed") == 0, type.find("Rotary") != std::string::npos);
+      return;
+    }
     for (size_t i = 0; i < count; ++i) {
       std::vector<int64_t> shape = {kRows, kK};
       const bool norm = type.find("RMSNorm") != std::string::npos;
@@ -66,6 +70,34 @@ struct Job {
       pointers.push_back(&inputs[i]);
       node.declared.push_back({inputs[i].type, inputs[i].shape, {}});
       node.constants.push_back(matmul && i >= 2 ? &inputs[i] : nullptr);
+    }
+  }
+
+  // 9 new positions after 60; enough work that the calls use their threads.
+  void AddAttention(bool packed, bool rotary) {
+    constexpr int64_t kHeads = 12, kKvHeads = 3, kSize = 32, kPast = 60;
+    std::vector<std::vector<int64_t>> shapes = {{1, kRows, (kHeads + (packed ? 2 * kKvHeads : 0)) * kSize}};
+    if (!packed) shapes.insert(shapes.end(), 2, {1, kRows, kKvHeads * kSize});
+    shapes.insert(shapes.end(), 2, {1, kKvHeads, kPast, kSize});
+    const size_t lengths = shapes.size();
+    shapes.insert(shapes.end(), {{1}, {}});
+    if (rotary) shapes.insert(shapes.end(), 2, {kPast + kRows, kSize / 2});
+    for (size_t i = 0; i < shapes.size(); ++i) {
+      inputs.emplace_back(op->GetInputType(op, i), shapes[i]);
+      for (size_t j = 0; j < inputs[i].bytes() / 4; ++j) {
+        const float value = static_cast<float>(j * 7 % 64) / 64.0f - 0.5f;
+        const int32_t length = static_cast<int32_t>(i == lengths ? kPast + kRows - 1 : kPast + kRows);
+        const bool integer = i == lengths || i == lengths + 1;
+        std::memcpy(inputs[i].data() + 4 * j, integer ? static_cast<const void*>(&length) : &value, 4);
+      }
+    }
+    node.name = "shared";
+    node.attributes = {{"num_heads", kHeads}, {"kv_num_heads", kKvHeads}, {"scale", 0.5f}};
+    if (rotary) node.attributes.emplace_back("rotary_interleaved", int64_t{0});
+    for (const OrtValue& input : inputs) {
+      pointers.push_back(&input);
+      node.declared.push_back({input.type, input.shape, {}});
+      node.constants.push_back(nullptr);
     }
   }
 };

@@ -193,8 +193,8 @@ class Laboratory:
             recipe.rotation.model_dump(mode="json"),
             recipe.activations.leading_tokens,
         )
-        # What the recipe asks of the data (a second pass or not) is part of how they are opened.
-        key = Store.__name__ + repr((context, recipe.activations.static_range, recipe.weights.needs_moments))
+        # What the recipe asks of the data (samples, a second pass) is part of how they are opened.
+        key = repr((context, recipe.activations.static_range, recipe.weights.needs_moments, recipe.needs_samples))
         if key not in self._calibrations:
             source: Any = self.batches if ranges == "evaluation" else self.request.calibration
             calibration = StoredCalibration(

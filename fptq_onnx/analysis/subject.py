@@ -20,8 +20,9 @@ from fptq_onnx.errors import WorkDirError
 from fptq_onnx.graph.activation_groups import group_by_activation
 from fptq_onnx.graph.linears import LinearLayer, find_linears
 from fptq_onnx.graph.segments import Segmentation, find_segments
-from fptq_onnx.planning import GroupDecision, decide_groups, make_plan, observed_groups
+from fptq_onnx.planning import GroupDecision, decide_groups, make_plan, observed_groups, step_errors
 from fptq_onnx.progress import Progress, SilentProgress
+from fptq_onnx.quantization.fallback import keep_float
 from fptq_onnx.quantization.int4 import QuantizedWeight
 from fptq_onnx.quantization.int8 import Int8Weight
 from fptq_onnx.quantization.plan import LayerPlan, Plan
@@ -37,7 +38,7 @@ Weight = QuantizedWeight | Int8Weight
 
 
 class StoredCalibration(Calibration):
-    """A calibration whose statistics are stored, so that another process, or the same one later, need not run it.
+    """A calibration whose statistics and samples are stored, so that another process, or a later one, need not run it.
 
     Attributes:
         store: Where they lie.
@@ -50,8 +51,9 @@ class StoredCalibration(Calibration):
     def observe(
         self, model: ir.Model, segments: Segmentation, activations: Mapping[str, int]
     ) -> dict[str, ActivationStatistics]:
-        """Statistics of activations by name, from the store if they are there."""
-        key = f"statistics-{digest(self.context, list(activations))}"
+        """Statistics of activations by name, and `samples` if the recipe needs them, from the store if it has them."""
+        sampled = self._recipe.needs_samples
+        key = f"{'sampled' if sampled else 'statistics'}-{digest(self.context, list(activations))}"
         stored = self.store.load_arrays(key)
         if stored is None:
             observed = super().observe(model, segments, activations)
@@ -60,7 +62,11 @@ class StoredCalibration(Calibration):
                 for index, name in enumerate(activations)
                 for part, array in observed[name].to_dict().items()
             }
+            if sampled:
+                stored |= {f"{index}.sample": self.samples[name] for index, name in enumerate(activations)}
             self.store.save_arrays(key, stored)
+        if sampled:
+            self.samples |= {name: stored[f"{index}.sample"] for index, name in enumerate(activations)}
         parts = ("channel_min", "channel_max", "token_absmax", "histogram", "tokens")
         return {
             name: ActivationStatistics.from_dict({part: stored[f"{index}.{part}"] for part in parts})
@@ -114,8 +120,11 @@ def plan_model(model: ir.Model, recipe: Recipe, calibration: StoredCalibration, 
     calibration.context = context
     places = {str(group.activation.name): segments.of(group.layers[0]) for group in groups}
     statistics = calibration.observe(model, segments, places)
-    decisions = decide_groups(groups, statistics, recipe)
-    return Planned(make_plan(linears.layers, decisions, recipe), decisions, statistics)
+    decisions = decide_groups(groups, statistics, recipe, samples=calibration.samples)
+    plan = make_plan(linears.layers, decisions, recipe)
+    if recipe.fallback.float_layers:
+        plan = keep_float(plan, step_errors(decisions, calibration.samples, recipe), recipe.fallback.float_layers)
+    return Planned(plan, decisions, statistics)
 
 
 class Subject:

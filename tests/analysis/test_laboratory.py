@@ -26,8 +26,17 @@ def _laboratory(folder: Path, family: str = families.DYNAMO, **overrides: object
     return Laboratory(request, folder / "work", threads=1)
 
 
+CHOOSES_BY_OUTPUTS = {
+    "activations__static_range": "output",
+    "equalization__method": "search",
+    "fallback__float_layers": 3,
+}
+
+
 @pytest.mark.parametrize("family", [families.DYNAMO, families.GENAI_FP32])
-@pytest.mark.parametrize("overrides", [{}, {"rotation__residual": True, "weights__rounding": "gptq"}], ids=str)
+@pytest.mark.parametrize(
+    "overrides", [{}, {"rotation__residual": True, "weights__rounding": "gptq"}, CHOOSES_BY_OUTPUTS], ids=str
+)
 def test_the_whole_recipe_measures_like_the_converted_model(
     family: str, overrides: dict[str, object], tmp_path: Path
 ) -> None:
@@ -82,6 +91,14 @@ def test_statistics_are_stored_and_read_again(tmp_path: Path) -> None:
     again.subject(Experiment())
     assert again.planned(Experiment()).signature == signature
     assert sorted(path.name for path in again.store.folder.glob("statistics-*.npz")) == files
+
+
+def test_a_recipe_that_chooses_by_outputs_goes_on_from_what_is_stored(tmp_path: Path) -> None:
+    """Its choices need samples of the activations, which a second process has from the store alone."""
+    measured = _laboratory(tmp_path, **CHOOSES_BY_OUTPUTS).measure(Experiment())
+    again = _laboratory(tmp_path, **CHOOSES_BY_OUTPUTS)
+    assert again.measure(Experiment()).figures == measured.figures
+    assert len(list(again.store.folder.glob("sampled-*.npz"))) == 1
 
 
 def test_a_model_without_layers_is_refused(tmp_path: Path) -> None:

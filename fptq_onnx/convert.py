@@ -90,7 +90,7 @@ def convert(
         output_format: "custom" (this package's op with function bodies), "matmulnbits" (onnxruntime's int4 op with
             float activations), "qdq" (the same rounding simulated in standard operators).
         exclude: Regular expressions; layers whose label or node name they match stay float, on top of the recipe's.
-        plan: An edited plan (or its path) whose decisions replace the policy's.
+        plan: An edited plan (or its path) whose decisions replace those of the recipe and of `exclude`.
         fuse: Put norms and SiLU into one op with the quantization behind them, see `FuseQuantizePass`. Faster on
             CPU and CUDA.
         dry_run: Calibrate and plan only; write `<output>.plan.json` and no model.
@@ -128,7 +128,7 @@ def convert(
     edited = plan if isinstance(plan, Plan) or plan is None else Plan.load(os.fspath(plan))
     limit = max_kl if max_kl is not None else settings.verification.max_kl
     read = [source, *(Path(os.fspath(p)) for p in (calibration, tokenizer, plan, recipe) if isinstance(p, _PATH))]
-    _check_request(source, target, output_format, fuse, limit, verify_tokens)
+    _check_request(target, output_format, fuse, limit, verify_tokens, settings.fallback.rounds)
     _check_output(target, dry_run, [*read, *_beside(source)])
     check_provider(provider, register_library=output_format == "custom" and verify_tokens > 0)
     watch, progress, budget = Stopwatch(), progress or SilentProgress(), Budget.of(max_memory)
@@ -151,6 +151,8 @@ def convert(
         if rotation:
             graph = _Graph.find(graph.model, source)
         data.open(graph.model)
+        if edited is not None:
+            edited.fit(make_plan(graph.linears.layers, (), settings))
         segments = find_segments(graph.model, graph.linears)
         expected = estimate(graph.model, segments, graph.linears.layers, settings, data.size()[1])
     on_disk = work_dir is not None or expected.on_disk(budget)
@@ -176,7 +178,6 @@ def convert(
             decisions = decide_groups(groups, statistics, settings, edited, data.samples)
             made = make_plan(graph.linears.layers, decisions, settings)
             if edited is not None:
-                edited.fit(made)
                 made = dataclasses.replace(edited, recipe=made.recipe)
             errors = step_errors(decisions, data.samples, settings) if settings.fallback != FallbackRecipe() else {}
             if edited is None:
@@ -276,7 +277,7 @@ def convert(
 
 
 def _check_request(
-    source: Path, target: Path, output_format: str, fuse: bool, max_kl: float | None, verify_tokens: int
+    target: Path, output_format: str, fuse: bool, max_kl: float | None, verify_tokens: int, rounds: int
 ) -> None:
     """Refuse before the long work what could only fail after it."""
     if not target.parent.is_dir():
@@ -285,6 +286,10 @@ def _check_request(
         raise RecipeError(f"format {output_format!r}", "it is unknown", f"Use {', '.join(PASSES)}")
     if fuse and output_format != "custom":
         raise RecipeError("fuse", f"the format {output_format} has no fused ops", "Use the format custom")
+    if max_kl is not None and not max_kl > 0:
+        raise RecipeError("max_kl", f"{max_kl:g} is no divergence that a quantized model can meet", "Allow more than 0")
+    if rounds and max_kl is None:
+        raise RecipeError("fallback.rounds", "there is no max_kl to fall back for", "Give --max-kl, or no rounds")
     if max_kl is not None and not verify_tokens:
         raise RecipeError("max_kl", "without verification there is no KL to hold against it", "Verify some tokens")
 

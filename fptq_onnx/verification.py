@@ -48,6 +48,7 @@ def compare_models(
     data: str,
     max_kl: float | None,
     provider: Provider,
+    threads: int | None = None,
     progress: Progress,
 ) -> Verification:
     """Compare the first outputs of two model files on the same feeds; of language models also the distributions.
@@ -61,6 +62,7 @@ def compare_models(
         data: What the batches are, for the report.
         max_kl: Largest acceptable mean KL(reference || converted) per token in nats.
         provider: Where both run.
+        threads: Of each session, onnxruntime's choice if None.
         progress: Told of each batch.
 
     Raises:
@@ -69,8 +71,8 @@ def compare_models(
     models = (load_model(reference), load_model(converted))
     # The converted model is opened as its users open it; the other may be a link, or have names that are not unique.
     sessions = [
-        memory_session(models[0], PROVIDERS[provider]),
-        session(converted, provider, register_library=DOMAIN in models[1].graph.opset_imports),
+        memory_session(models[0], PROVIDERS[provider], threads=threads),
+        session(converted, provider, register_library=DOMAIN in models[1].graph.opset_imports, threads=threads),
     ]
     output = str(models[0].graph.outputs[0].name)
     meter = OutputMeter(output, reference, converted)
@@ -78,11 +80,14 @@ def compare_models(
     with progress.stage("Verifying", len(batches)) as advance:
         for index, batch in enumerate(batches, start=1):
             feeds = [spec.complete(batch, f"verification batch {index}") for spec in inputs]
-            try:
-                theirs, ours = (opened.run([output], fed)[0] for opened, fed in zip(sessions, feeds, strict=True))
-            except Exception as error:  # onnxruntime's exceptions share no base class
-                reason = f"verification batch {index} cannot be run: {error}"
-                raise ModelError(str(reference), reason, "Check the model and the data in onnxruntime") from error
+            results = []
+            for path, opened, fed in zip((reference, converted), sessions, feeds, strict=True):
+                try:
+                    results += opened.run([output], fed)
+                except Exception as error:  # onnxruntime's exceptions share no base class
+                    reason = f"verification batch {index} cannot be run: {error}"
+                    raise ModelError(str(path), reason, "Check the model and the data in onnxruntime") from error
+            theirs, ours = results
             meter.add(theirs, ours, inputs[0].token_positions(feeds[0]))
             advance(1)
     return meter.result(data, max_kl)
@@ -154,6 +159,7 @@ def compare_layers(
     batches: Sequence[Batch],
     *,
     provider: Provider,
+    threads: int | None = None,
     progress: Progress,
 ) -> dict[str, float]:
     """Signal-to-noise ratio in dB of each linear layer's output, each model running on its own activations.
@@ -164,6 +170,7 @@ def compare_layers(
         converted: The quantized model, as saved; its layers kept the names of their outputs.
         batches: Feeds; the first is used.
         provider: Where both run.
+        threads: Of each session, onnxruntime's choice if None.
         progress: Told of each batch.
 
     Returns:
@@ -174,24 +181,26 @@ def compare_layers(
         LayerPair(layer.name, str(layer.output.name), str(layer.output.name))
         for layer in find_linears(reference).layers
     ]
-
-    def with_library(copy: ir.Model) -> Any:
-        if DOMAIN not in model.graph.opset_imports:
-            return memory_session(copy, PROVIDERS[provider])
-        library = str(get_library_path())
-        return memory_session(
-            copy, PROVIDERS[provider], configure=lambda options: options.register_custom_ops_library(library)
-        )
-
     return layer_snr(
         reference,
         model,
         pairs,
         batches[:1],
-        reference_session=lambda copy: memory_session(copy, PROVIDERS[provider]),
-        other_session=with_library,
+        reference_session=_session_factory(reference, provider, threads),
+        other_session=_session_factory(model, provider, threads),
         progress=progress,
     )
+
+
+def _session_factory(model: ir.Model, provider: Provider, threads: int | None) -> SessionFactory:
+    """Makes sessions of parts of a model, with the op library registered if the model needs it."""
+    library = str(get_library_path()) if DOMAIN in model.graph.opset_imports else None
+
+    def configure(options: Any) -> None:
+        if library is not None:
+            options.register_custom_ops_library(library)
+
+    return lambda part: memory_session(part, PROVIDERS[provider], threads=threads, configure=configure)
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,10 +250,16 @@ class Comparison:
             data=self.data,
             max_kl=self.max_kl,
             provider=self.provider,
+            threads=self.threads,
             progress=self.progress,
         )
         noise = compare_layers(
-            self.equalized, self.target, self.batches, provider=self.provider, progress=self.progress
+            self.equalized,
+            self.target,
+            self.batches,
+            provider=self.provider,
+            threads=self.threads,
+            progress=self.progress,
         )
         return check, noise
 
@@ -273,7 +288,7 @@ class Comparison:
                 batches,
                 States(None, ""),
                 leading_tokens=0,
-                session_factory=self._factory(model),
+                session_factory=_session_factory(model, self.provider, self.threads),
                 last=len(cut) - 1,
             )
             for model, cut, batches in zip(models, cuts, (self.batches, self.batches[:1], self.batches), strict=True)
@@ -299,15 +314,6 @@ class Comparison:
                 advance(1)
                 self.stop(f"verifying, {segment.label}")
         return meter.result(self.data, self.max_kl), {name: found.snr_db for name, found in noise.items()}
-
-    def _factory(self, model: ir.Model) -> SessionFactory:
-        library = str(get_library_path()) if DOMAIN in model.graph.opset_imports else None
-
-        def configure(options: Any) -> None:
-            if library is not None:
-                options.register_custom_ops_library(library)
-
-        return lambda copy: memory_session(copy, PROVIDERS[self.provider], threads=self.threads, configure=configure)
 
 
 def _outputs(model: ir.Model) -> Iterator[ir.Value]:

@@ -12,6 +12,7 @@ from typing import Any
 import families
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import pytest
 from conversions import LENGTH, WINDOWS, Converted, constants, converted, recipe, relative_error
 from onnxruntime.quantization import CalibrationDataReader
@@ -417,10 +418,12 @@ def _edited(tmp_path: Path, edits: dict[str, dict[str, Any]]) -> Plan:
     return Plan.load(tmp_path / "fresh.plan.json")
 
 
-def test_plan_of_another_model(tmp_path: Path) -> None:
+def test_plan_of_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused before the model runs."""
     plan = tmp_path / "other.plan.json"
     _convert(tmp_path / "other.onnx", model=families.model("llama", families.GENAI_FP32).path, dry_run=True)
-    with pytest.raises(RecipeError, match=r"plan block\.\d\.qkv: the model has no such layer"):
+    monkeypatch.setattr("onnxruntime.InferenceSession", None)
+    with pytest.raises(RecipeError, match=r"plan block\.0\.qkv: the model has no such layer"):
         _convert(tmp_path / "out.onnx", plan=plan)
     with pytest.raises(RecipeError, match="cannot be read"):
         _convert(tmp_path / "out.onnx", plan=tmp_path / "missing.json")
@@ -523,9 +526,34 @@ def test_max_kl(tmp_path: Path) -> None:
     assert passed.verification.passed and passed.verification.max_kl == 50
 
 
+def test_threads_of_every_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the verification too; their number changes nothing in the result."""
+    threads = []
+
+    def opening(model: object, options: onnxruntime.SessionOptions, **arguments: Any) -> onnxruntime.InferenceSession:
+        threads.append(options.intra_op_num_threads)
+        return session(model, options, **arguments)
+
+    session = onnxruntime.InferenceSession
+    monkeypatch.setattr("onnxruntime.InferenceSession", opening)
+    _convert(tmp_path / "out.onnx", verify_tokens=LENGTH, threads=1)
+    assert len(threads) > 4 and set(threads) == {1}
+    assert _digest(tmp_path / "out.onnx") == _digest(converted("llama", families.DYNAMO).path)
+
+
+def test_leading_tokens_that_leave_nothing(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="no token of the data counts: all are among the leading tokens"):
+        _convert(tmp_path / "out.onnx", activations__leading_tokens=LENGTH)
+    assert _files(tmp_path) == set()
+
+
 def test_max_kl_is_never_ignored(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="without verification there is no KL"):
         _convert(tmp_path / "out.onnx", verify_tokens=0, max_kl=1.0)
+    with pytest.raises(RecipeError, match=r"max_kl: -0\.1 is no divergence"):
+        _convert(tmp_path / "out.onnx", verify_tokens=LENGTH, max_kl=-0.1)
+    with pytest.raises(RecipeError, match=r"fallback\.rounds: there is no max_kl to fall back for"):
+        _convert(tmp_path / "out.onnx", verify_tokens=LENGTH, fallback__rounds=2)
     assert _files(tmp_path) == set()
     classifier = families.model("bert-classifier", families.DYNAMO).path
     with pytest.raises(VerificationError, match="there are no logits whose KL"):

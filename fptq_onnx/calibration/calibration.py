@@ -21,7 +21,7 @@ from fptq_onnx.calibration.observers import StatisticsObserver, TokenGroup
 from fptq_onnx.calibration.samples import SampleObserver, sample_stride
 from fptq_onnx.calibration.tokens import find_tokenizer
 from fptq_onnx.calibration.walk import Walk
-from fptq_onnx.errors import StoppedError
+from fptq_onnx.errors import CalibrationError, StoppedError
 from fptq_onnx.graph.feeds import ModelInputs, describe_inputs
 from fptq_onnx.graph.segments import Segment, Segmentation
 from fptq_onnx.progress import Progress
@@ -183,7 +183,7 @@ class Calibration:
                 walk.done(segment)
                 for number, name in enumerate(names):
                     fields = {k.partition(".")[2]: v for k, v in arrays.items() if k.partition(".")[0] == str(number)}
-                    found[name] = ActivationStatistics.from_dict(fields)
+                    found[name] = _some_tokens(name, ActivationStatistics.from_dict(fields))
                     if "sample" in fields:
                         self.samples[name] = fields["sample"]
                 if not restored:
@@ -245,6 +245,16 @@ class Calibration:
                 f"finished work lies in {self.work.path}",
                 "Run the same command again to go on",
             )
+
+
+def _some_tokens(name: str, seen: ActivationStatistics) -> ActivationStatistics:
+    if seen.tokens == 0:
+        raise CalibrationError(
+            f"activation {name}",
+            "no token of the data counts: all are among the leading tokens",
+            "Lower activations.leading_tokens, or calibrate on longer sequences",
+        )
+    return seen
 
 
 def _tokens(batch: Batch) -> int:

@@ -72,7 +72,12 @@ def convert(
         typer.Option("--exclude", metavar="REGEX", help="Keep matching layers (label or node name) float; repeatable."),
     ] = [],  # noqa: B006 typer needs a list
     plan: Annotated[
-        Path | None, typer.Option("--plan", help="Edited plan from --dry-run to carry out.", show_default=False)
+        Path | None,
+        typer.Option(
+            "--plan",
+            help="Edited plan from --dry-run to carry out: its choices replace --exclude and the recipe's.",
+            show_default=False,
+        ),
     ] = None,
     fuse: Annotated[
         bool, typer.Option("--fuse", help="One op for a norm or SiLU and the quantization behind it: faster.")

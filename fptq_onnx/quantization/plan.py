@@ -20,7 +20,7 @@ WeightMethod = Literal["float", "int8"] | Grid
 _FORMAT = 1
 _STRICT = ConfigDict(extra="forbid")
 # What describes the model rather than a choice; editing it would silently change nothing or break the conversion.
-_FIXED = ("name", "role", "block", "k", "n", "activation", "activation_range")
+_FIXED = ("name", "role", "block", "k", "n", "activation")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class LayerPlan:
         weight_method: "float", "int8" or an int4 grid. Editable; "float" leaves the layer's weight as it is.
         group_size: Rows of an int4 weight that share a scale. Editable.
         reason: Why, in words.
-        alpha: SmoothQuant's exponent where another than the recipe's was found. Editable.
+        alpha: SmoothQuant's exponent where another than the recipe's was found. Editable, likewise shared.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
@@ -148,11 +148,12 @@ class Plan:
         for layers in readers.values():
             first = layers[0]
             for other in layers[1:]:
-                if (other.scheme, other.equalization) != (first.scheme, first.equalization):
+                asks, instead = ((entry.scheme, entry.equalization, entry.alpha) for entry in (other, first))
+                if asks != instead:
                     raise RecipeError(
                         f"{where} {other.label}",
-                        f"it reads the same activation as {first.label} but asks for {other.scheme} "
-                        f"({other.equalization}) instead of {first.scheme} ({first.equalization})",
+                        f"it reads the same activation as {first.label} but asks for {_shared(asks)} instead of "
+                        f"{_shared(instead)}",
                         f"Give both the same scheme and equalization, or set the scheme of one to {Scheme.FLOAT}",
                     )
 
@@ -164,19 +165,25 @@ class Plan:
         """
         mine = {layer.label: layer for layer in self.layers}
         theirs = {layer.label: layer for layer in fresh.layers}
-        for label in mine.keys() - theirs.keys():
-            raise RecipeError(f"{where} {label}", "the model has no such layer", "Remove the entry")
+        for label in mine:
+            if label not in theirs:
+                raise RecipeError(f"{where} {label}", "the model has no such layer", "Remove the entry")
         for label, expected in theirs.items():
             if label not in mine:
                 raise RecipeError(
                     f"{where} {label}", "the plan has no entry for this layer", f"Add it, with scheme {Scheme.FLOAT}"
                 )
-            for name in _FIXED[:-1]:
+            for name in _FIXED:
                 found, wanted = getattr(mine[label], name), getattr(expected, name)
                 if found != wanted:
                     raise RecipeError(
                         f"{where} {label}.{name}", f"it is {found!r} but the model has {wanted!r}", "Restore the value"
                     )
+
+
+def _shared(choice: tuple[Scheme, EqualizationMethod, float | None]) -> str:
+    scheme, equalization, alpha = choice
+    return f"{scheme} ({equalization}{'' if alpha is None else f', alpha {alpha:g}'})"
 
 
 def _check_layer(layer: LayerPlan, where: str) -> None:

@@ -79,6 +79,7 @@ def test_an_edit_that_fits_is_accepted():
         (lambda d: d["layers"][0].pop("k"), r"block\.0\.q\.k"),
         (lambda d: d.update(format=2), "format 2"),
         (lambda d: d["layers"][0].update(scheme="per-token"), "reads the same activation as block.0.q"),
+        (lambda d: d["layers"][1].update(alpha=0.3), r"static \(none, alpha 0\.3\) instead of static \(none\)"),
         (lambda d: d["layers"][0].update(equalization="lae"), "does not go with scheme static"),
         (lambda d: d["layers"][2].update(scheme="equalized-static"), "none does not go with"),
         (lambda d: d["layers"][2].update(scheme="float"), "signed8 does not go with scheme float"),

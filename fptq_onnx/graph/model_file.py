@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "EXTERNAL_DATA_THRESHOLD",
+    "data_locations",
     "load_model",
     "release_mappings",
     "save_model",
@@ -42,6 +43,7 @@ EXTERNAL_DATA_THRESHOLD = 100 * 2**20
 
 _SOURCE = "fptq_onnx.source"
 _MAPPED = "fptq_onnx.mapped"
+_LOCATIONS = "fptq_onnx.locations"
 _LFS = b"version https://git-lfs"
 # Smaller tensors stay in the model file. The others start on a page, as memory mapping and vector loads like it.
 _EMBEDDED_BYTES = 1024
@@ -70,7 +72,7 @@ def load_model(path: str | os.PathLike[str]) -> ir.Model:
     proto = _parse(file)
     check_header(proto, file)
     check_names(proto, file)
-    check_tensors(proto, file)
+    locations = check_tensors(proto, file)
     try:
         model = ir.serde.deserialize_model(proto)
     except Exception as error:  # onnx_ir raises many kinds for malformed graphs
@@ -88,6 +90,7 @@ def load_model(path: str | os.PathLike[str]) -> ir.Model:
     ir.passes.common.NameFixPass(_NodeNames())(model)
     _infer_missing_shapes(model)
     model.meta[_SOURCE] = file
+    model.meta[_LOCATIONS] = locations
     model.meta[_MAPPED] = list(_external_tensors(model))
     logger.debug("loaded %s: IR %d, opsets %s", file, model.ir_version, dict(model.opset_imports))
     return model
@@ -104,6 +107,11 @@ def source_files(model: ir.Model) -> set[pathlib.Path]:
     files = {pathlib.Path(tensor.path).resolve() for tensor in _external_tensors(model)}
     source = source_file(model)
     return files if source is None else files | {pathlib.Path(os.path.realpath(source))}
+
+
+def data_locations(model: ir.Model) -> list[str]:
+    """Return the paths, relative to its file, under which a loaded model names its external data."""
+    return list(model.meta.get(_LOCATIONS, ()))
 
 
 def release_mappings(model: ir.Model) -> None:

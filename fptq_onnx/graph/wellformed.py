@@ -97,12 +97,15 @@ def check_functions(model: ir.Model, file: pathlib.Path) -> None:
         raise ModelError(str(file), f"its functions expand to {count:.3g} nodes", "export the model again")
 
 
-def check_tensors(proto: onnx.ModelProto, file: pathlib.Path) -> None:
+def check_tensors(proto: onnx.ModelProto, file: pathlib.Path) -> list[str]:
     """Check shape, type and data of every tensor of a model, embedded or external.
 
     Args:
         proto: The parsed model without its external data.
         file: Where it was read from; external data are looked for in its folder.
+
+    Returns:
+        Paths of the external data files as the model gives them, relative to its folder.
 
     Raises:
         ModelError: As described in ``load_model``.
@@ -120,6 +123,7 @@ def check_tensors(proto: onnx.ModelProto, file: pathlib.Path) -> None:
                 )
         else:
             _check_typed_data(tensor, where)
+    return list(sizes)
 
 
 def check_graph(model: ir.Model, file: pathlib.Path) -> None:

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from fptq_onnx.errors import ModelError, RuntimeUnavailableError
 from fptq_onnx.generation.generate import find_model
-from fptq_onnx.graph.model_file import load_model, source_files
+from fptq_onnx.graph.model_file import data_locations, load_model
 from fptq_onnx.ops import DOMAIN, get_library_path, library_info
 from fptq_onnx.packaging.triton_config import TritonOptions, can_batch, check_schema, render_config, tensors_of
 
@@ -127,7 +127,6 @@ def _library(options: TritonOptions) -> Path:
 
 def _write(target: Path, model: ir.Model, path: Path, config: str, library: Path | None) -> None:
     """Fill a temporary folder beside `target`, then rename it."""
-    base = path.absolute().parent.resolve()
     building: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -136,10 +135,10 @@ def _write(target: Path, model: ir.Model, path: Path, config: str, library: Path
         version = building / "1"
         version.mkdir()
         shutil.copyfile(path, version / "model.onnx")
-        for source in source_files(model) - {path.resolve()}:
-            copy = version / source.relative_to(base)
+        for location in data_locations(model):
+            copy = version / location
             copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, copy)
+            shutil.copyfile(path.parent / location, copy)
         if library is not None:
             shutil.copyfile(library, building / library.name)
         (building / "config.pbtxt").write_text(config, encoding="utf-8")

@@ -114,6 +114,21 @@ def test_float_model_with_external_data(tmp_path: Path, client_python: Path) -> 
     np.testing.assert_array_equal(tiny.run(token_ids, copy), tiny.run(token_ids))
 
 
+def test_model_in_a_cache_of_links(tmp_path: Path) -> None:
+    """The files of a Hugging Face snapshot are links to blobs; the copies have the names that the model gives."""
+    tiny = families.model("llama", families.GENAI_FP32)
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    for name, blob in (("model.onnx", "1f0a"), ("model.onnx.data", "77c2")):
+        (tmp_path / "blobs" / blob).write_bytes(tiny.path.with_name(name).read_bytes())
+        (tmp_path / "snapshot" / name).symlink_to(f"../blobs/{blob}")
+    written = package_triton(tmp_path / "snapshot" / "model.onnx", tmp_path / "models")
+    assert written.files == ("snapshot/1/model.onnx", "snapshot/1/model.onnx.data", "snapshot/config.pbtxt")
+    copy, token_ids = tmp_path / "models" / "snapshot" / "1" / "model.onnx", tiny.token_ids()
+    assert not copy.with_name("model.onnx.data").is_symlink()
+    np.testing.assert_array_equal(tiny.run(token_ids, copy), tiny.run(token_ids))
+
+
 def test_the_command_checks_the_schema_where_it_can(tmp_path: Path, client_python: Path) -> None:
     model = families.model("bert", families.DYNAMO)
     script = "import sys; from fptq_onnx.cli import main; sys.argv[0] = 'fptq-onnx'; main()"

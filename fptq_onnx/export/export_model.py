@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fptq_onnx.errors import ModelError, RuntimeUnavailableError, VerificationError
 from fptq_onnx.graph.model_file import save_model
+from fptq_onnx.graph.output_files import staged, writing
 from fptq_onnx.progress import Progress, SilentProgress
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ def export_model(
 
     Args:
         model_dir: A Hugging Face directory (config.json and weights), or a directory with one GGUF file.
-        out_dir: Created where missing; an earlier export in it is replaced.
+        out_dir: Created where missing; an earlier export in it is replaced, or left as it is where this one fails.
         kv_cache: Whether a decoder takes and returns its key/value cache. Encoders have none.
         dtype: "float32" or "float16".
         opset: 21 to 23.
@@ -74,9 +75,9 @@ def export_model(
         progress: Told of each stage; silent by default.
 
     Raises:
-        ModelError: The directory cannot be loaded or the architecture not be exported.
+        ModelError: The directory cannot be loaded, the architecture not be exported, or `out_dir` not be written.
         RuntimeUnavailableError: torch, transformers or (to verify) onnxruntime is not installed.
-        VerificationError: The exported graph disagrees with torch; nothing is left in `out_dir`.
+        VerificationError: The exported graph disagrees with torch; nothing of it is left in `out_dir`.
     """
     started = time.perf_counter()
     if dtype not in DTYPES:
@@ -95,39 +96,41 @@ def export_model(
     with tracing.quiet():
         with stage("Loading the checkpoint"):
             source = pretrained.load_pretrained(model_dir, dtype)
+        with writing(path):
             out.mkdir(parents=True, exist_ok=True)
-            files = pretrained.save_tokenizer(source, out)
-        is_decoder = source.kind is pretrained.Kind.DECODER
-        if is_decoder:
-            signature = signatures.decoder_signature(source.model, kv_cache)
-        else:
-            signature = signatures.encoder_signature(source.model)
-        interface = signature.interface
-        reference = None
-        if verify:
-            with stage("Computing reference results with torch"):
-                reference = verification.compute_reference(source.model, interface, is_decoder)
-        with stage("Tracing the model"):
-            model = tracing.trace(signature, opset)
-    architecture, kind = source.architecture, source.kind
-    del source, signature  # the graph holds the weights from here on
-    with stage("Writing the model"):
-        save_model(model, path)
-    del model
+        with staged(path) as staging:
+            with writing(path):
+                files = pretrained.save_tokenizer(source, staging.folder)
+            is_decoder = source.kind is pretrained.Kind.DECODER
+            if is_decoder:
+                signature = signatures.decoder_signature(source.model, kv_cache)
+            else:
+                signature = signatures.encoder_signature(source.model)
+            interface = signature.interface
+            reference = None
+            if verify:
+                with stage("Computing reference results with torch"):
+                    reference = verification.compute_reference(source.model, interface, is_decoder)
+            with stage("Tracing the model"):
+                model = tracing.trace(signature, opset)
+            architecture, kind = source.architecture, source.kind
+            del source, signature  # the graph holds the weights from here on
+            with stage("Writing the model"):
+                save_model(model, staging.path)
+            del model
+            largest_error = None
+            if reference is not None:
+                with stage("Comparing the model with torch"):
+                    largest_error = verification.largest_error(staging.path, reference, interface)
+                if not largest_error <= DTYPES[dtype]:
+                    raise VerificationError(
+                        str(path),
+                        f"the exported graph differs from torch by {largest_error:.2g} of the largest result"
+                        f" (allowed {DTYPES[dtype]:.2g})",
+                        "Report the architecture, or export it with its own tools",
+                    )
+            staging.publish()
     data = path.with_name(path.name + ".data")
-    largest_error = None
-    if reference is not None:
-        with stage("Comparing the model with torch"):
-            largest_error = verification.largest_error(path, reference, interface)
-        if not largest_error <= DTYPES[dtype]:
-            path.unlink()
-            data.unlink(missing_ok=True)
-            raise VerificationError(
-                str(path),
-                f"the exported graph differs from torch by {largest_error:.2g} of the largest result"
-                f" (allowed {DTYPES[dtype]:.2g})",
-                "Report the architecture, or export it with its own tools",
-            )
     model_bytes = path.stat().st_size + (data.stat().st_size if data.exists() else 0)
     return ExportResult(
         path=path,

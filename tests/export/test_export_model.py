@@ -106,7 +106,7 @@ def test_encoder_without_head(tmp_path: Path) -> None:
     assert _names(ir.load(result.path).graph.outputs) == ["last_hidden_state", "pooler_output"]
 
 
-def test_disagreement_with_torch_leaves_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disagreement_with_torch_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fptq_onnx.export import tracing
 
     trace = tracing.trace
@@ -118,9 +118,18 @@ def test_disagreement_with_torch_leaves_no_model(tmp_path: Path, monkeypatch: py
         return model
 
     monkeypatch.setattr(tracing, "trace", trace_wrongly)
-    with pytest.raises(VerificationError, match="differs from torch by"):
-        export_model(families.checkpoint("llama"), tmp_path / "out", kv_cache=False)
-    assert not list((tmp_path / "out").glob("*.onnx*"))
+    for before in ({}, {"model.onnx": b"an earlier export", "tokenizer.json": b"its tokenizer"}):
+        for name, content in before.items():
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(VerificationError, match=r"model\.onnx: the exported graph differs from torch by"):
+            export_model(families.checkpoint("llama"), tmp_path, kv_cache=False)
+        assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_output_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ModelError, match=r"model\.onnx: cannot be written: (File exists|Not a directory)"):
+        export_model(families.checkpoint("llama"), tmp_path / "file")
 
 
 def test_missing_directory_and_missing_config(tmp_path: Path) -> None:

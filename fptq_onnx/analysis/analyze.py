@@ -27,6 +27,7 @@ from fptq_onnx.analysis.sensitivity import inspect, layer_losses, measure_groups
 from fptq_onnx.analysis.speed import CostModel
 from fptq_onnx.analysis.study import Study
 from fptq_onnx.errors import RecipeError
+from fptq_onnx.graph.output_files import writing
 from fptq_onnx.progress import Progress, SilentProgress
 from fptq_onnx.recipe import Recipe
 from fptq_onnx.report import Stopwatch, versions
@@ -93,7 +94,7 @@ def analyze(
         What was found, as written to analysis.json.
 
     Raises:
-        ModelError: The model is broken or cannot be handled.
+        ModelError: The model is broken or cannot be handled, or `output` cannot be written.
         NothingQuantizedError: It has no linear layer.
         RecipeError: The recipe does not fit, or a step is unknown.
         CalibrationError: The data do not fit the model.
@@ -147,7 +148,9 @@ class _Analyzer:
         self._watch = Stopwatch()
 
     def run(self, output: Path, minutes: float | None, jobs: int, ray: str | None) -> Analysis:
-        require_matplotlib()  # before the long work
+        require_matplotlib()  # before the long work, as the next
+        with writing(output):
+            output.mkdir(parents=True, exist_ok=True)
         self._grid: dict[tuple[float, float], StudyPoint] = {}
         with self._watch.stage("load"):
             self._lab = Laboratory(self._request, self._folder, progress=self._progress)
@@ -159,8 +162,7 @@ class _Analyzer:
             analysis, proposal = self._measure()
         finally:
             executor.close()
-        output.mkdir(parents=True, exist_ok=True)
-        with self._watch.stage("report"):
+        with self._watch.stage("report"), writing(output):
             analysis.skipped, analysis.measurements = self._campaign.skipped, self._campaign.made
             analysis.seconds, analysis.versions = self._watch.seconds, versions()
             if proposal is not None:

@@ -57,17 +57,16 @@ def generate(
     """Continue prompts greedily, with the key/value cache on the device."""
     if bool(prompts) == bool(prompt_ids):
         raise typer.BadParameter("give --prompt or --prompt-ids (one kind, each repeatable)")
+    ids = [_parse(text) for text in prompt_ids]
     file = find_model(model)
     found = tokenizer or find_tokenizer(file)
     coder = None if found is None else load_tokenizer(found)
-    if prompt_ids:
-        ids = [_parse(text) for text in prompt_ids]
-    elif coder is not None:
+    if prompts:
+        if coder is None:
+            raise CalibrationError(
+                str(file), "there is no tokenizer.json beside it", "Give one with --tokenizer, or use --prompt-ids"
+            )
         ids = [encode_text(coder, prompt, "prompt").tolist() for prompt in prompts]
-    else:
-        raise CalibrationError(
-            str(file), "there is no tokenizer.json beside it", "Give one with --tokenizer, or use --prompt-ids"
-        )
     opened = open_language_model(file, provider.value, register_library=None if library else False, threads=threads)
     made = generate_greedily(
         opened, ids, max_new_tokens=max_new_tokens, stop=() if ignore_stop else stop_tokens(file.parent)

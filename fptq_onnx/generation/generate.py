@@ -80,10 +80,12 @@ def find_model(path: Path) -> Path:
     """Return the decoder's ONNX file: `path` itself, or of a folder the one that its genai_config.json names.
 
     Raises:
-        ModelError: A folder holds neither that nor a model.onnx.
+        ModelError: There is no such file, or a folder holds neither that nor a model.onnx.
     """
-    if not path.is_dir():
+    if path.is_file():
         return path
+    if not path.is_dir():
+        raise ModelError(str(path), "there is no such file", "Check the path")
     if (path / CONFIG_NAME).is_file():
         return path / GenaiConfig.load(path).filename
     if (path / "model.onnx").is_file():

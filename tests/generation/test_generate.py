@@ -100,6 +100,13 @@ def test_command_needs_a_tokenizer_for_text(tmp_path: Path) -> None:
     assert result.exit_code == 1 and "there is no tokenizer.json beside it" in result.stderr
 
 
+@pytest.mark.parametrize("options", [("generate", "--prompt", "a"), ("evaluate", "--text", "text.txt")])
+def test_command_names_a_missing_model(options: tuple[str, ...], tmp_path: Path) -> None:
+    command, *rest = options
+    result = CliRunner().invoke(app, [command, str(tmp_path / "missing.onnx"), *rest])
+    assert result.exit_code == 1 and "missing.onnx: there is no such file" in result.stderr.replace("\n", "")
+
+
 @pytest.mark.parametrize("prompts", [[], ["--prompt", "a", "--prompt-ids", "1"], ["--prompt-ids", "one"]])
 def test_command_with_wrong_prompts(prompts: list[str]) -> None:
     result = CliRunner().invoke(app, ["generate", "model.onnx", *prompts])

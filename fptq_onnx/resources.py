@@ -19,7 +19,7 @@ from fptq_onnx.recipe import Recipe
 
 __all__ = ["Budget", "Estimate", "available_memory", "estimate", "parse_size"]
 
-_UNITS = {"": 1, "k": 10, "m": 20, "g": 30, "t": 40}
+_UNITS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
 # Python, onnxruntime, onnx and numpy before they see a model, and what allocators keep.
 _BASE_BYTES = 400 << 20
 # Of each thing that grows with the model, the share of the budget it may take in memory before it goes to disk.
@@ -40,17 +40,14 @@ def parse_size(text: str) -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", text, re.IGNORECASE)
     if found is None or float(found[1]) <= 0:
         raise RecipeError(f"size {text!r}", "it is not a size", "Write it like 8GiB")
-    unit = found[2].lower()
-    return int(float(found[1]) * 2 ** (_UNITS[unit] if unit else 0))
+    return int(float(found[1]) * 2 ** _UNITS[found[2].lower()])
 
 
 def available_memory() -> int:
     """Bytes that this process may still take without swapping: of the machine, or of its container."""
     machine = _proc_value(Path("/proc/meminfo"), "MemAvailable:")
     if machine is None:
-        names = os.sysconf_names if hasattr(os, "sysconf_names") else {}
-        known = {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= set(names)
-        machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else 8 << 30
+        machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     group = Path("/sys/fs/cgroup")
     limit, used = (_number(group / name) for name in ("memory.max", "memory.current"))
     return machine if limit is None or used is None else max(min(machine, limit - used), 1 << 30)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import json
 import logging
@@ -10,7 +11,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import ml_dtypes
@@ -233,8 +234,6 @@ def _unusable(path: Path, error: Exception) -> WorkDirError:
 
 def _to_disk(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows opens no folders
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -244,22 +243,10 @@ def _to_disk(path: Path) -> None:
 
 def _try_lock(path: Path) -> int | None:
     """Open and lock a file; None if another process has it."""
-    locking = _locking()
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    if locking is None:
-        return handle
     try:
-        locking.flock(handle, locking.LOCK_EX | locking.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(handle)
         return None
     return handle
-
-
-def _locking() -> ModuleType | None:
-    """The module of file locks, which only POSIX systems have."""
-    try:
-        import fcntl
-    except ImportError:
-        return None
-    return fcntl

@@ -95,7 +95,7 @@ def calibration_data(
     inputs: ModelInputs,
     *,
     tokenizer: PathLike | None = None,
-    windows: int = 32,
+    windows: int = 16,
     length: int = 512,
     batch_size: int = 1,
     seed: int = 0,
@@ -139,7 +139,7 @@ def text_data(
     path: PathLike,
     tokenizer: PathLike,
     *,
-    windows: int = 32,
+    windows: int = 16,
     length: int = 512,
     batch_size: int = 1,
     seed: int = 0,
@@ -158,7 +158,7 @@ def text_data(
 
 
 def random_data(
-    inputs: ModelInputs, *, windows: int = 32, length: int = 512, batch_size: int = 1, seed: int = 0
+    inputs: ModelInputs, *, windows: int = 16, length: int = 512, batch_size: int = 1, seed: int = 0
 ) -> CalibrationData:
     """Data-free calibration: tokens drawn uniformly from the vocabulary (FPTQ, arXiv 2308.15987)."""
     if inputs.token_input is None or not inputs.vocabulary:

@@ -9,6 +9,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common
 
 from fptq_onnx.passes.add_functions import AddFunctionsPass
+from fptq_onnx.passes.fuse_attention import FuseAttentionPass
 from fptq_onnx.passes.fuse_quantize import FuseQuantizePass
 from fptq_onnx.passes.inline_functions import InlineFunctionsPass
 from fptq_onnx.passes.quantize_embedding import QuantizeEmbeddingPass
@@ -43,7 +44,7 @@ def rewrite(
         quantization: What was decided, by node name.
         output_format: See `convert`.
         int8_embedding: Quantize the table that token ids are looked up in.
-        fuse: Put norms and SiLU into one op with the quantization behind them.
+        fuse: Put norms and SiLU into one op with the quantization behind them, and float32 attention into ours.
 
     Returns:
         What became of the embedding table, for the report.
@@ -51,6 +52,7 @@ def rewrite(
     PASSES[output_format](quantization)(model)
     if fuse:
         FuseQuantizePass()(model)
+        FuseAttentionPass()(model)
     AddFunctionsPass()(model)
     if output_format == "qdq":
         InlineFunctionsPass()(model)

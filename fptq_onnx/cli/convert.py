@@ -80,7 +80,12 @@ def convert(
         ),
     ] = None,
     fuse: Annotated[
-        bool, typer.Option("--fuse", help="One op for a norm or SiLU and the quantization behind it: faster.")
+        bool,
+        typer.Option(
+            "--fuse",
+            help="Faster steps around the layers: one op for a norm or SiLU and the quantization behind it, and this "
+            "package's attention in float32 graphs of onnxruntime-genai.",
+        ),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Calibrate, write OUTPUT's .plan.json and stop.")] = False,
     verify_tokens: Annotated[

@@ -40,6 +40,7 @@ _SKIP_NORMS = frozenset({"SkipLayerNormalization", "SkipSimplifiedLayerNormaliza
 _FUSED_ATTENTION = frozenset({
     "Attention", "GroupQueryAttention", "MultiHeadAttention", "SparseAttention", "PagedAttention",
     "PackedMultiHeadAttention", "DecoderMaskedMultiHeadAttention",
+    "RotaryGroupQueryAttention", "PackedGroupQueryAttention", "PackedRotaryGroupQueryAttention",
 })
 # fmt: on
 

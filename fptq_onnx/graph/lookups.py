@@ -16,7 +16,12 @@ _ID_NODES = frozenset({"Identity", "Cast", "Reshape", "Unsqueeze", "Squeeze", "F
 _TABLE_NODES = frozenset({"DequantizeLinear", "Cast", "Identity", "Transpose"})
 _LOOKUPS = frozenset({"Gather", "GatherBlockQuantized"})
 # Input that holds the table of cosines, a row per position.
-_COSINES = {"GroupQueryAttention": 7, "RotaryEmbedding": 2}
+_COSINES = {
+    "GroupQueryAttention": 7,
+    "RotaryGroupQueryAttention": 7,
+    "PackedRotaryGroupQueryAttention": 5,
+    "RotaryEmbedding": 2,
+}
 
 
 def vocabulary_size(graph: ir.Graph, token_ids: ir.Value) -> int | None:
@@ -61,10 +66,10 @@ def cache_head_size(cache: ir.Value) -> int | None:
     """Last dimension of a cache that declares it by a symbol, as onnxruntime-genai does, from its attention node."""
     for use in cache.uses():
         node = use.node
-        if node.op_type != "GroupQueryAttention":
+        if not _is_group_query_attention(node):
             continue
         heads = node.attributes.get_int("num_heads", 0)
-        if node.inputs[1] is None:  # the first input holds query, key and value
+        if node.inputs[1] is None or node.op_type.startswith("Packed"):  # the first input holds query, key and value
             heads += 2 * node.attributes.get_int("kv_num_heads", 0)
         width = _width(node.inputs[0])
         if heads and width:
@@ -75,7 +80,12 @@ def cache_head_size(cache: ir.Value) -> int | None:
 def attends_in_place(graph: ir.Graph, caches: Collection[str]) -> bool:
     """Whether all caches are read by GroupQueryAttention alone, whose past and present may be one buffer."""
     uses = [use for value in graph.inputs if value.name in caches for use in value.uses()]
-    return bool(uses) and all(use.node.op_type == "GroupQueryAttention" for use in uses)
+    return bool(uses) and all(_is_group_query_attention(use.node) for use in uses)
+
+
+def _is_group_query_attention(node: ir.Node) -> bool:
+    """Whether a node is onnxruntime's operator or one of the forms of this package's op."""
+    return node.op_type.endswith("GroupQueryAttention")
 
 
 def _tables(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Value, int, int]]:

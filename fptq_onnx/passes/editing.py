@@ -16,6 +16,7 @@ __all__ = [
     "as_numpy",
     "cast",
     "replace_node",
+    "take_over",
     "unique_value_name",
 ]
 
@@ -88,6 +89,12 @@ def replace_node(old: ir.Node, new: Sequence[ir.Node]) -> None:
     before.name = None
     after.name = name
     graph.remove(old, safe=True)
+
+
+def take_over(new: ir.Value, old: ir.Value) -> None:
+    """Give the name and the readers of `old` to `new`."""
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    old.name, new.name = None, old.name
 
 
 def as_numpy(dtype: ir.DataType, value: float) -> np.ndarray:

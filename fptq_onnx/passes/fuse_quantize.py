@@ -12,7 +12,7 @@ from fptq_onnx.graph.constants import constant_array
 from fptq_onnx.graph.norms import Norm, find_norms
 from fptq_onnx.ops import DOMAIN, dynamic_quantize_per_token
 from fptq_onnx.ops.fused_quantize import StaticTarget, rms_norm_quantize, silu_mul_quantize
-from fptq_onnx.passes.editing import add_constant
+from fptq_onnx.passes.editing import add_constant, take_over
 
 __all__ = ["FuseQuantizePass"]
 
@@ -104,7 +104,7 @@ def _fuse_norm(quantize: ir.Node, value: ir.Value, norm: Norm) -> bool:
         if total is None:
             fused.outputs[-1].name = f"{value.name}.sum"
         else:
-            _take_over(fused.outputs[-1], total)
+            take_over(fused.outputs[-1], total)
     _replace(quantize, fused)
     _remove_unread([place])
     return True
@@ -159,13 +159,8 @@ def _target(graph: ir.Graph, quantize: ir.Node) -> StaticTarget | None:
 def _replace(quantize: ir.Node, fused: ir.Node) -> None:
     """Hand the outputs of the quantize node over and remove what then has no reader."""
     for old, new in zip(quantize.outputs, fused.outputs, strict=False):
-        _take_over(new, old)
+        take_over(new, old)
     _remove_unread([quantize])
-
-
-def _take_over(new: ir.Value, old: ir.Value) -> None:
-    old.replace_all_uses_with(new, replace_graph_outputs=True)
-    old.name, new.name = None, old.name
 
 
 def _remove_unread(nodes: Sequence[ir.Node]) -> None:

@@ -16,6 +16,7 @@ from fptq_onnx.graph.model_file import load_model, save_model
 from fptq_onnx.graph.roles import Role
 from fptq_onnx.passes.add_functions import AddFunctionsPass
 from fptq_onnx.passes.editing import add_constant, replace_node
+from fptq_onnx.passes.fuse_attention import FuseAttentionPass
 from fptq_onnx.passes.fuse_quantize import FuseQuantizePass
 from fptq_onnx.passes.replace_linears import LayerQuantization, PerTokenQuantizer, StaticQuantizer
 from fptq_onnx.passes.to_w4a8 import ToW4A8Pass
@@ -56,7 +57,9 @@ def _dynamic_int8(source: Path, target: Path) -> None:
         logging.disable(previous)
 
 
-def _w4a8(source: Path, target: Path, *, max_multiple: int, int8_head: bool, fused: bool) -> None:
+def _w4a8(
+    source: Path, target: Path, *, max_multiple: int, int8_head: bool, fused: bool, attention: bool = True
+) -> None:
     model = load_model(source)
 
     def quantization(layer: LinearLayer) -> LayerQuantization:
@@ -72,6 +75,8 @@ def _w4a8(source: Path, target: Path, *, max_multiple: int, int8_head: bool, fus
             _int8_head(model.graph, layer)
     if fused:
         FuseQuantizePass()(model)
+        if attention:
+            FuseAttentionPass()(model)
     AddFunctionsPass()(model)
     save_model(model, target)
 
@@ -100,6 +105,9 @@ VARIANTS = {
     "W4A8 float scales": lambda source, target: _w4a8(source, target, max_multiple=0, int8_head=True, fused=True),
     "W4A8 unfused": lambda source, target: _w4a8(
         source, target, max_multiple=MAX_MULTIPLE, int8_head=True, fused=False
+    ),
+    "W4A8 onnxruntime attention": lambda source, target: _w4a8(
+        source, target, max_multiple=MAX_MULTIPLE, int8_head=True, fused=True, attention=False
     ),
     "W4A8 float head": lambda source, target: _w4a8(
         source, target, max_multiple=MAX_MULTIPLE, int8_head=False, fused=True

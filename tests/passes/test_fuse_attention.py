@@ -16,6 +16,7 @@ import fptq_onnx
 from fptq_onnx.evaluation.language_model import open_language_model
 from fptq_onnx.generation.generate import generate
 from fptq_onnx.graph.feeds import describe_inputs
+from fptq_onnx.graph.linears import find_linears
 from fptq_onnx.graph.lookups import position_limit
 from fptq_onnx.graph.model_file import load_model, save_model
 from fptq_onnx.passes.add_functions import AddFunctionsPass
@@ -59,12 +60,15 @@ def test_every_node_is_replaced_and_the_model_stays_what_it_was(fused: Path) -> 
         assert relative_error(array, wanted[name]) < 1e-5
 
 
-def test_its_inputs_are_read_as_before(fused: Path) -> None:
-    """Whether the cache grows in place, its head size and the longest sequence come from the attention node."""
-    one, other = describe_inputs(load_model(fused)), describe_inputs(load_model(_source()))
+def test_the_graph_is_read_as_before(fused: Path) -> None:
+    """The attention node tells roles of layers, whether the cache grows in place, its head size, the longest text."""
+    models = [load_model(path) for path in (fused, _source())]
+    one, other = (describe_inputs(model) for model in models)
     assert one == other and one.in_place
-    limits = [position_limit(m.graph, m.graph.inputs[0]) for m in (load_model(fused), load_model(_source()))]
+    limits = [position_limit(model.graph, model.graph.inputs[0]) for model in models]
     assert limits[0] == limits[1] is not None
+    layers = [[(layer.label, layer.role) for layer in find_linears(model).layers] for model in models]
+    assert layers[0] == layers[1]
 
 
 def test_it_generates_the_same_tokens(fused: Path) -> None:

@@ -80,15 +80,11 @@ class ReplaceLinearsPass(ir.passes.InPlacePass, abc.ABC):
 
     Args:
         decisions: Node name of a linear layer -> its quantization. Layers without one are left alone.
-        on_layer: Called with each layer's name after it was replaced (progress).
     """
 
-    def __init__(
-        self, decisions: Mapping[str, LayerQuantization], on_layer: Callable[[str], None] = lambda name: None
-    ) -> None:
+    def __init__(self, decisions: Mapping[str, LayerQuantization]) -> None:
         """Keep the decisions; nothing is computed before the pass runs."""
         self._decisions = decisions
-        self._on_layer = on_layer
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Run on the main graph of `model`."""
@@ -116,7 +112,6 @@ class ReplaceLinearsPass(ir.passes.InPlacePass, abc.ABC):
                         self.replace(
                             layer, decision.activation, typing_cast(Callable[[], QuantizedWeight], decision.weight)
                         )
-                self._on_layer(layer.name)
                 modified = True
         return ir.passes.PassResult(model, modified)
 

@@ -43,7 +43,7 @@ class HeadRotation:
 
 
 class RotateHeadsPass(ir.passes.InPlacePass):
-    """V' = V R and W_o' = R^T W_o for every head, with an orthogonal R [d, d] (QuaRot's R2).
+    """V' = V R and W_o' = R^T W_o for every head, with an orthogonal R [d, d] (SpinQuant's R2).
 
     Attention adds up tokens, P V, and never mixes channels, so (P V R)(R^T W_o) = (P V) W_o. Query heads that share a
     value head share its rotation; the value columns of a packed qkv are rotated alone. Encoders and decoders alike,

@@ -10,7 +10,6 @@ import numpy.typing as npt
 __all__ = [
     "equalized_absmax",
     "lae_scale",
-    "producer_scale",
     "round_mantissa",
     "scale_rows",
     "smoothquant_scale",
@@ -92,16 +91,10 @@ def tie(scale: FloatArray, channel_map: npt.NDArray[np.integer[Any]]) -> Float32
     Returns:
         float32 [K].
     """
-    tied: Float32 = producer_scale(scale, channel_map, int(channel_map.max()) + 1)[channel_map]
+    widest = np.zeros(int(channel_map.max()) + 1, np.float32)
+    np.maximum.at(widest, channel_map, np.asarray(scale, np.float32))
+    tied: Float32 = widest[channel_map]
     return tied
-
-
-def producer_scale(scale: FloatArray, channel_map: npt.NDArray[np.integer[Any]], size: int) -> Float32:
-    """The maximum scale per producer channel, float32 [size]; 1 for producer channels that feed nothing."""
-    out = np.zeros(size, np.float32)
-    np.maximum.at(out, channel_map, np.asarray(scale, np.float32))
-    out[out == 0] = 1
-    return out
 
 
 def scale_rows(weight: Float32, scale: Float32) -> Float32:

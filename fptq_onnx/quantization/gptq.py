@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from fptq_onnx.quantization.int4 import Float32, Grid, QuantizedWeight, grid_limits, group_count, group_scales
 
-__all__ = ["Order", "correct_for_inputs", "gptq", "inverse_factor", "output_error"]
+__all__ = ["Order", "gptq", "inverse_factor"]
 
 logger = logging.getLogger(__name__)
 
@@ -112,35 +112,3 @@ def inverse_factor(hessian: Float64, damping: float) -> Float64:
         factor: Float64 = np.triu(np.linalg.inv(lower[::-1, ::-1]))
         return factor
     raise ValueError(f"the Hessian is not positive semidefinite (smallest diagonal {float(diagonal.min()):.3g})")
-
-
-def correct_for_inputs(weight: Float32, hessian: FloatArray, cross: FloatArray, damping: float = 0.01) -> Float32:
-    """The weight that best reproduces X W from changed inputs X': W + (X'^T X' + d I)^-1 X'^T (X - X') W.
-
-    Args:
-        weight: float32 [K, N].
-        hessian: [K, K], X'^T X' of the inputs the layer will really see (quantized, behind quantized layers).
-        cross: [K, K], X'^T X with the inputs X of the float model.
-        damping: Multiple of the mean diagonal added to the diagonal.
-
-    Returns:
-        float32 [K, N]. The same correction as GPTAQ's (arXiv 2504.02692), applied before rounding.
-    """
-    h = np.asarray(hessian, np.float64)
-    damped = h + np.eye(h.shape[0]) * (max(damping, 1e-8) * max(float(np.diag(h).mean()), 1e-30))
-    change = np.linalg.solve(damped, (np.asarray(cross, np.float64) - h) @ weight.astype(np.float64))
-    return (weight + change).astype(np.float32)
-
-
-def output_error(weight: Float32, quantized: Float32, hessian: FloatArray) -> float:
-    """||X (W - Q)||^2 / ||X W||^2 from X^T X alone: the relative output error of a layer with float inputs.
-
-    Evaluate it on the Hessian of data that the quantization has not seen to gate a refinement on held-out error.
-    """
-    h = np.asarray(hessian, np.float64)
-    e = weight.astype(np.float64) - quantized
-    signal = float(np.sum(weight * (h @ weight)))
-    noise = float(np.sum(e * (h @ e)))
-    if signal <= 0:
-        return 0.0 if noise <= 0 else float("inf")
-    return max(noise, 0.0) / signal

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from fptq_onnx.quantization.gptq import Order, correct_for_inputs, gptq
+from fptq_onnx.quantization.gptq import Order, gptq
 from fptq_onnx.quantization.int4 import Float32, Grid, QuantizedWeight, quantize_weight
 
 __all__ = ["InputMoments", "Refined", "refine"]
 
-FloatArray = npt.NDArray[np.floating[Any]]
 Float64 = npt.NDArray[np.float64]
-Method = Literal["round", "gptq", "gptq+inputs"]
-
-_CHUNK_ROWS = 4096
+Method = Literal["round", "gptq"]
 
 
 class InputMoments:
@@ -26,56 +23,29 @@ class InputMoments:
     Every token counts, the attention sinks at the start of a sequence above all: weights compensated without them lose
     the massive activations that all later tokens attend to, and the model with them.
 
-    With X' the inputs that the quantized model gives the layer and X those of the float model:
-
     Attributes:
-        seen: float64 [K, K], X'^T X'.
-        cross: float64 [K, K], X'^T X; ``seen`` itself while no float inputs were given.
-        reference: float64 [K, K], X^T X; likewise.
+        seen: float64 [K, K], X^T X of the layer's inputs.
         total: float64 [K], the sum of the rows seen, none of them capped.
         tokens: Rows summed.
     """
 
-    def __init__(self, k: int, *, paired: bool = False) -> None:
-        """Start empty for ``k`` channels; ``paired`` if every update brings both inputs."""
+    def __init__(self, k: int) -> None:
+        """Start empty for ``k`` channels."""
         self.seen: Float64 = np.zeros((k, k))
-        self.paired = paired
-        self.cross: Float64 = np.zeros((k, k)) if paired else self.seen
-        self.reference: Float64 = np.zeros((k, k)) if paired else self.seen
         self.total: Float64 = np.zeros(k)
         self.tokens = 0
 
-    def update(self, seen: FloatArray, reference: FloatArray | None = None) -> None:
-        """Add tokens: [..., K] as the quantized model sees them and, if paired, the same tokens in the float model."""
-        if (reference is not None) != self.paired:
-            raise ValueError("paired moments need both inputs, others only one")
-        k = self.seen.shape[0]
-        rows = np.asarray(seen, np.float32).reshape(-1, k)
-        exact = None if reference is None else np.asarray(reference, np.float32).reshape(-1, k)
-        for start in range(0, len(rows), _CHUNK_ROWS):
-            x = rows[start : start + _CHUNK_ROWS]
-            self.seen += x.T @ x
-            if exact is not None:
-                y = exact[start : start + _CHUNK_ROWS]
-                self.cross += x.T @ y
-                self.reference += y.T @ y
-        self.total += rows.sum(axis=0, dtype=np.float64)
-        self.tokens += len(rows)
-
     def output_shift(self, weight: Float32, quantized: Float32) -> Float32:
-        """Mean of X' (W - Q) over the tokens seen, float32 [N]: what a bias has to make up for."""
+        """Mean of X (W - Q) over the tokens seen, float32 [N]: what a bias has to make up for."""
         mean = self.total / max(self.tokens, 1)
         shift: Float32 = (mean @ (weight.astype(np.float64) - quantized)).astype(np.float32)
         return shift
 
     def output_error(self, weight: Float32, quantized: Float32) -> float:
-        """||X W - X' Q||^2 / ||X W||^2 for W, Q [K, N]; 0 for 0/0."""
+        """||X (W - Q)||^2 / ||X W||^2 for W, Q [K, N]; 0 for 0/0."""
         w, q = weight.astype(np.float64), quantized.astype(np.float64)
-        signal = float(np.sum(w * (self.reference @ w)))
-        if self.paired:
-            noise = signal - 2 * float(np.sum(q * (self.cross @ w))) + float(np.sum(q * (self.seen @ q)))
-        else:
-            noise = float(np.sum((w - q) * (self.seen @ (w - q))))
+        signal = float(np.sum(w * (self.seen @ w)))
+        noise = float(np.sum((w - q) * (self.seen @ (w - q))))
         if signal <= 0:
             return 0.0 if noise <= 0 else float("inf")
         return max(noise, 0.0) / signal
@@ -116,9 +86,6 @@ def refine(
 ) -> Refined:
     """Round to nearest and with GPTQ, and keep what errs least on tokens that neither has seen.
 
-    Paired moments add a third candidate: the weight is first corrected for the errors that its inputs already carry
-    (`correct_for_inputs`), then rounded with GPTQ.
-
     Args:
         weight: float32 [K, N].
         fit: Moments that the rounding may use.
@@ -133,17 +100,11 @@ def refine(
     tried: dict[Method, QuantizedWeight] = {
         "round": quantize_weight(
             weight, group_size, grid, scale_dtype, importance=np.diag(fit.seen), max_multiple=max_multiple
-        )
+        ),
+        "gptq": gptq(
+            weight, fit.seen, group_size, grid, scale_dtype, damping=damping, order=order, max_multiple=max_multiple
+        ),
     }
-
-    def compensated(target: Float32) -> QuantizedWeight:
-        return gptq(
-            target, fit.seen, group_size, grid, scale_dtype, damping=damping, order=order, max_multiple=max_multiple
-        )
-
-    tried["gptq"] = compensated(weight)
-    if fit.paired:
-        tried["gptq+inputs"] = compensated(correct_for_inputs(weight, fit.seen, fit.cross, damping))
     errors = {method: held_out.output_error(weight, q.dequantize()) for method, q in tried.items()}
     # the first of equals: dictionaries keep their order, and rounding comes first
     method = min(errors, key=lambda m: errors[m])

@@ -190,17 +190,6 @@ def rotate_outputs(weight: Float32, rotation: Rotation) -> Float32:
     return rotation.rotate_last(weight)
 
 
-def unrotate(rotation: Rotation, gamma: FloatArray) -> Float32:
-    """Q^T diag(gamma) [K, K]: takes the last norm of a rotated stream back to what the float model's head reads.
-
-    With it a head that is tied to the embedding stays as it is: RMS(h Q) Q^T diag(gamma) = RMS(h) * gamma. The table
-    likewise stays when its output is multiplied by Q. Both products together cost 2 K^2 against the K * vocabulary of
-    the head.
-    """
-    restored: Float32 = (rotation.matrix.T * np.asarray(gamma, np.float64)).astype(np.float32)
-    return restored
-
-
 def rotate_head_outputs(weight: Float32, rotation: Rotation) -> Float32:
     """Rotate the columns of v_proj, [K, heads * d], head by head with one rotation of order d."""
     k, n = weight.shape

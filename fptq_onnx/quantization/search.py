@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fptq_onnx.quantization.equalize import lae_scale, round_mantissa, scale_rows, smoothquant_scale, tie
+from fptq_onnx.quantization.equalize import lae_scale, round_mantissa, scale_rows, smoothquant_scale
 from fptq_onnx.quantization.int4 import Float32, Grid, quantize_weight
 from fptq_onnx.quantization.policy import EqualizationMethod, Scheme
 from fptq_onnx.quantization.static_range import activation_qparams
@@ -140,11 +140,9 @@ def search_scheme(
     *,
     group_size: int,
     grid: Grid,
-    scale_dtype: npt.DTypeLike = np.float32,
     symmetric: bool = True,
     floor: float = 1e-2,
     tolerance: float = 1.25,
-    channel_map: npt.NDArray[np.integer[Any]] | None = None,
     token_cap: float = 16.0,
     scale_bits: int = 0,
 ) -> Search:
@@ -160,12 +158,10 @@ def search_scheme(
         channel_max: [K], likewise.
         group_size: Rows per weight scale.
         grid: Weight grid.
-        scale_dtype: Type of the weight scales.
         symmetric: Zero point 128 for static candidates.
         floor: Smallest equalization scale relative to the median.
         tolerance: A static candidate wins if its error is at most this multiple of the per-token error: static scales
             cost nothing at run time.
-        channel_map: Producer channels to tie scales over (see `tie`), or None.
         token_cap: See `token_weights`.
         scale_bits: Significant bits of equalization scales, 0 for all.
 
@@ -180,9 +176,8 @@ def search_scheme(
 
     counted = token_weights(samples, token_cap)[:, None]
 
-    def tied(scale: Float32) -> Float32:
-        scale = round_mantissa(scale, scale_bits) if scale_bits else scale
-        return scale if channel_map is None else tie(scale, channel_map)
+    def kept(scale: Float32) -> Float32:
+        return round_mantissa(scale, scale_bits) if scale_bits else scale
 
     def error(scale: Float32 | None, per_token: bool) -> float:
         x = samples if scale is None else samples / scale
@@ -196,16 +191,16 @@ def search_scheme(
         noise = signal = 0.0
         for w, target in zip(weights, targets, strict=True):
             rows = w if scale is None else scale_rows(w, scale)
-            q = quantize_weight(rows, group_size, grid, scale_dtype, importance=importance).dequantize()
+            q = quantize_weight(rows, group_size, grid, np.float32, importance=importance).dequantize()
             noise += float(np.sum(counted * np.square(seen @ q - target, dtype=np.float64)))
             signal += float(np.sum(counted * np.square(target, dtype=np.float64)))
         return noise / signal if signal > 0 else (0.0 if noise == 0 else float("inf"))
 
     static = [Candidate(Scheme.STATIC, "none", 0.0, None, error(None, False))]
-    scale = tied(lae_scale(absmax, floor))
+    scale = kept(lae_scale(absmax, floor))
     static.append(Candidate(Scheme.EQUALIZED_STATIC, "lae", 0.0, scale, error(scale, False)))
     for alpha in ALPHAS:
-        scale = tied(smoothquant_scale(absmax, weight_absmax, alpha, floor))
+        scale = kept(smoothquant_scale(absmax, weight_absmax, alpha, floor))
         static.append(Candidate(Scheme.EQUALIZED_STATIC, "smoothquant", alpha, scale, error(scale, False)))
     dynamic = Candidate(Scheme.PER_TOKEN, "none", 0.0, None, error(None, True))
     best = min(static, key=lambda c: c.error)

@@ -8,16 +8,12 @@ import numpy as np
 import numpy.typing as npt
 
 from fptq_onnx.quantization.float_types import float_type
+from fptq_onnx.quantization.statistics import histogram_edges
 
-__all__ = ["RangeMethod", "activation_qparams", "histogram_edges", "mse_bound", "percentile_bound", "static_bounds"]
+__all__ = ["RangeMethod", "activation_qparams", "mse_bound", "percentile_bound", "static_bounds"]
 
 RangeMethod = Literal["absmax", "percentile", "mse"]
 _LEVELS = 127
-
-
-def histogram_edges(bins: int) -> npt.NDArray[np.float64]:
-    """Edges [bins + 1] of the fourth-root histogram of |x|: bin b holds (b / 64)^4 <= |x| < ((b + 1) / 64)^4."""
-    return (np.arange(bins + 1) / 64.0) ** 4
 
 
 def percentile_bound(histogram: npt.NDArray[np.int64], percentile: float) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -49,9 +49,9 @@ def histogram_of(x: npt.ArrayLike) -> IntArray:
     return np.bincount(histogram_bins(x).ravel(), minlength=HISTOGRAM_BINS).astype(np.int64)
 
 
-def histogram_edges() -> npt.NDArray[np.float64]:
-    """Edges [1025] of the bins: bin i holds edges[i] <= |x| < edges[i + 1], the last bin everything above too."""
-    return (np.arange(HISTOGRAM_BINS + 1, dtype=np.float64) / HISTOGRAM_RESOLUTION) ** 4
+def histogram_edges(bins: int = HISTOGRAM_BINS) -> npt.NDArray[np.float64]:
+    """Edges [bins + 1] of the bins: bin i holds edges[i] <= |x| < edges[i + 1], the last bin everything above too."""
+    return (np.arange(bins + 1, dtype=np.float64) / HISTOGRAM_RESOLUTION) ** 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,36 +146,6 @@ class ActivationStatistics:
     def absmax(self) -> float:
         """Largest |X|: the activation range v of FPTQ (arXiv 2308.15987)."""
         return float(self.channel_absmax.max(initial=0))
-
-    @property
-    def span(self) -> float:
-        """Largest minus smallest X; 0 where no token was seen."""
-        if self.tokens == 0 or self.k == 0:
-            return 0.0
-        return float(self.channel_max.max()) - float(self.channel_min.min())
-
-    def range(self, kind: Literal["absmax", "span"] = "absmax") -> float:
-        """The activation range that the policy compares with its thresholds."""
-        match kind:
-            case "absmax":
-                return self.absmax
-            case "span":
-                return self.span
-        raise ValueError(f"unknown kind of range {kind!r}")
-
-    def absmax_quantile(self, fraction: float) -> float:
-        """Smallest bin edge that at least `fraction` of all |X_tj| lie below, or `absmax` where that is less.
-
-        Args:
-            fraction: 0..1; 1 gives `absmax`.
-        """
-        if not 0 <= fraction <= 1:
-            raise ValueError(f"fraction {fraction} is not in 0..1")
-        cumulative = np.cumsum(self.histogram)
-        if fraction == 1 or cumulative[-1] == 0:
-            return self.absmax
-        index = int(np.searchsorted(cumulative, fraction * cumulative[-1]))
-        return min(self.absmax, float(histogram_edges()[index + 1])) if index < HISTOGRAM_BINS - 1 else self.absmax
 
     def to_dict(self) -> dict[str, npt.NDArray[Any]]:
         """The arrays by field name (`tokens` is int64 [1]), for storage; `from_dict` reads them back bit for bit."""

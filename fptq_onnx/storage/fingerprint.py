@@ -1,4 +1,4 @@
-"""What decides the result of a conversion, as short texts that can be compared."""
+"""What tells one model file, with its external data, from another."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["file_fingerprint", "text_fingerprint"]
+__all__ = ["file_fingerprint"]
 
 
 def file_fingerprint(model: Path, data: Iterable[Path]) -> str:
@@ -23,8 +23,3 @@ def file_fingerprint(model: Path, data: Iterable[Path]) -> str:
         about = path.stat()
         digest.update(f"{path.name} {about.st_size} {about.st_mtime_ns};".encode())
     return digest.hexdigest()
-
-
-def text_fingerprint(text: str) -> str:
-    """SHA-256 of a text."""
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -35,8 +35,7 @@ def _int4(layer: LinearLayer) -> QuantizedWeight:
 
 
 def _quantize(model: ir.Model, quantizer: ActivationQuantizer, *names: str, weight=_int4) -> list[str]:
-    """Quantize the named layers, or all; the layers in the order they were done."""
-    done: list[str] = []
+    """Quantize the named layers, or all; names of the integer products that the graph has then."""
     layers = {layer.name: layer for layer in find_linears(model).layers}
     chosen = names or list(layers)
     computed = {name: None if weight is None else weight(layers[name]) for name in chosen}
@@ -44,9 +43,9 @@ def _quantize(model: ir.Model, quantizer: ActivationQuantizer, *names: str, weig
         name: LayerQuantization(quantizer, None if q is None else partial(lambda q: q, q))
         for name, q in computed.items()
     }
-    assert ToW4A8Pass(decisions, on_layer=done.append)(model).modified == bool(chosen)
+    assert ToW4A8Pass(decisions)(model).modified == bool(chosen)
     AddFunctionsPass()(model)
-    return done
+    return [str(node.name) for node in model.graph if node.op_type == "W4A8MatMul"]
 
 
 def _static(x: np.ndarray, scale: np.ndarray, zero_point: int) -> np.ndarray:

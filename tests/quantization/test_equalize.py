@@ -7,7 +7,6 @@ from hypothesis.extra import numpy as hnp
 from fptq_onnx.quantization.equalize import (
     equalized_absmax,
     lae_scale,
-    producer_scale,
     round_mantissa,
     scale_rows,
     smoothquant_scale,
@@ -87,7 +86,6 @@ def test_tie_over_repeated_heads(scale):
     channel_map = np.tile(np.arange(4), 3)
     tied = tie(scale, channel_map)
     np.testing.assert_array_equal(tied.reshape(3, 4), np.broadcast_to(scale.reshape(3, 4).max(axis=0), (3, 4)))
-    np.testing.assert_array_equal(producer_scale(scale, channel_map, 6), [*scale.reshape(3, 4).max(axis=0), 1, 1])
     np.testing.assert_array_equal(tie(tied, channel_map), tied)
 
 

@@ -96,14 +96,6 @@ def test_the_error_is_that_of_the_quantized_layers():
     assert plain.error == pytest.approx(relative_mse(x @ w, seen @ (np.rint(w / step) * step)), rel=1e-4)
 
 
-def test_scales_are_tied_where_the_producer_asks_for_it():
-    channel_map = np.tile(np.arange(32), 2)
-    result = search(activations("outlier channels"), WEIGHTS, channel_map=channel_map)
-    for candidate in result.candidates:
-        if candidate.scale is not None:
-            np.testing.assert_array_equal(candidate.scale[:32], candidate.scale[32:])
-
-
 def test_sinks_count_no_more_than_the_cap():
     x = activations("sink token")
     weights = token_weights(x, 16)

@@ -5,21 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fptq_onnx.quantization.static_range import (
-    activation_qparams,
-    histogram_edges,
-    mse_bound,
-    percentile_bound,
-    static_bounds,
-)
+from fptq_onnx.quantization.static_range import activation_qparams, mse_bound, percentile_bound, static_bounds
+from fptq_onnx.quantization.statistics import HISTOGRAM_BINS, histogram_edges, histogram_of
 
-BINS = 1024
 finite = st.floats(-60000, 60000, width=32)
-
-
-def histogram(x):
-    bins = np.minimum(BINS - 1, np.floor(64 * np.sqrt(np.sqrt(np.abs(x)))).astype(int))
-    return np.bincount(bins.ravel(), minlength=BINS).astype(np.int64)
 
 
 def quantize(x, scale, zero_point):
@@ -61,23 +50,23 @@ def test_no_range(bounds):
 
 @given(hnp.arrays(np.float32, st.integers(1, 300), elements=finite), st.floats(50.5, 100))
 def test_percentile_holds_at_least_its_share_and_no_bin_more(x, percentile):
-    bound = percentile_bound(histogram(x), percentile)
+    bound = percentile_bound(histogram_of(x), percentile)
     assert np.mean(np.abs(x) < bound) >= percentile / 100 - 1e-9
-    edges = histogram_edges(BINS)
+    edges = histogram_edges()
     below = edges[np.searchsorted(edges, bound) - 1]
     # histogram bins are found in float32: allow values on the edge
     assert np.mean(np.abs(x) < below * (1 - 1e-6)) < percentile / 100 + 1e-9
 
 
 def test_percentile_of_nothing():
-    assert percentile_bound(np.zeros(BINS, np.int64), 99) == 0
-    assert mse_bound(np.zeros(BINS, np.int64), 0.0) == 0
+    assert percentile_bound(np.zeros(HISTOGRAM_BINS, np.int64), 99) == 0
+    assert mse_bound(np.zeros(HISTOGRAM_BINS, np.int64), 0.0) == 0
 
 
 def test_mse_bound_clips_a_rare_outlier_and_beats_absmax():
     rng = np.random.default_rng(0)
     x = np.append(rng.standard_normal(200_000), 200.0)
-    bound = mse_bound(histogram(x), 200.0)
+    bound = mse_bound(histogram_of(x), 200.0)
     assert 4 < bound < 200
 
     def error(c):
@@ -93,7 +82,7 @@ def test_mse_bound_clips_a_rare_outlier_and_beats_absmax():
 @given(hnp.arrays(np.float32, st.integers(1, 200), elements=finite), st.sampled_from(["absmax", "percentile", "mse"]))
 def test_bounds_never_widen(x, method):
     low, high = float(min(x.min(), 0)), float(max(x.max(), 0))
-    a, b = static_bounds(low, high, histogram(x), method)
+    a, b = static_bounds(low, high, histogram_of(x), method)
     assert low <= a <= b <= high
     if method == "absmax":
         assert (a, b) == (low, high)

@@ -148,12 +148,12 @@ class _Analyzer:
         self._watch = Stopwatch()
 
     def run(self, output: Path, minutes: float | None, jobs: int, ray: str | None) -> Analysis:
-        require_matplotlib()  # before the long work, as the next
-        with writing(output):
-            output.mkdir(parents=True, exist_ok=True)
+        require_matplotlib()  # before the long work
         self._grid: dict[tuple[float, float], StudyPoint] = {}
         with self._watch.stage("load"):
             self._lab = Laboratory(self._request, self._folder, progress=self._progress)
+            with writing(output):
+                output.mkdir(parents=True, exist_ok=True)
             executor = self._executor(jobs, ray)
         measuring = None if minutes is None else 60 * minutes * _MEASURING
         self._campaign = Campaign(self._lab, executor, measuring, self._progress)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import fptq_onnx
 from fptq_onnx.analysis.analyze import analyze
 from fptq_onnx.cli import app
-from fptq_onnx.errors import CalibrationError, RecipeError
+from fptq_onnx.errors import CalibrationError, ModelError, RecipeError
 from fptq_onnx.recipe import Recipe
 
 
@@ -127,6 +127,9 @@ def test_bad_requests_are_refused_before_anything_is_written(outlier: Analyzed, 
     with pytest.raises(CalibrationError, match="cannot be read"):
         analyze(outlier.model, tmp_path / "report", text=tmp_path / "missing.txt")
     assert not (tmp_path / "report").exists()
+    (tmp_path / "report").touch()
+    with pytest.raises(ModelError, match="report: cannot be written: File exists"):
+        analyze(outlier.model, tmp_path / "report", text=text)
 
 
 def test_findings_are_sorted(outlier: Analyzed) -> None:

@@ -148,8 +148,13 @@ def _common(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    handler = RichHandler(console=err, show_path=False, show_time=False)
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", handlers=[handler])
+    # Rich breaks lines at 80 columns where there is no terminal.
+    bright = RichHandler(console=err, show_path=False, show_time=False) if err.is_terminal else None
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(message)s" if bright else "%(levelname)s %(message)s",
+        handlers=[bright or logging.StreamHandler()],
+    )
 
 
 def print_json(value: Any) -> None:

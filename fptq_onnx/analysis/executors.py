@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -74,7 +75,11 @@ class ProcessExecutor:
         )
 
     def run(self, experiments: Iterable[Experiment]) -> Iterator[Result]:
-        """Measure experiments, as many at a time as there are processes."""
+        """Measure experiments, as many at a time as there are processes.
+
+        Raises:
+            RuntimeUnavailableError: A process was killed, as the system does when memory runs out.
+        """
         source = iter(experiments)
         pending: dict[Future[Measurement], Experiment] = {}
         try:
@@ -86,6 +91,8 @@ class ProcessExecutor:
                 done, _ = wait(pending, return_when=FIRST_COMPLETED)
                 for future in done:
                     yield pending.pop(future), future.result()
+        except BrokenProcessPool as error:
+            raise _killed("a measuring process") from error
         finally:
             for future in pending:
                 future.cancel()
@@ -134,7 +141,11 @@ class RayExecutor:
         self._actors = [actor.remote(request, folder, threads=threads) for _ in range(jobs)]
 
     def run(self, experiments: Iterable[Experiment]) -> Iterator[Result]:
-        """Measure experiments, one at a time on each actor."""
+        """Measure experiments, one at a time on each actor.
+
+        Raises:
+            RuntimeUnavailableError: An actor was killed, as Ray does when memory runs out.
+        """
         source = iter(experiments)
         idle = list(self._actors)
         pending: dict[Any, tuple[Experiment, Any]] = {}
@@ -163,7 +174,15 @@ def _unwrapped(ray: Any, reference: Any) -> Measurement:
         measurement: Measurement = ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
+    except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
+        raise _killed("a Ray actor") from error
     return measurement
+
+
+def _killed(worker: str) -> RuntimeUnavailableError:
+    return RuntimeUnavailableError(
+        worker, "it was killed, most likely because memory ran out", "Repeat the command with fewer --jobs"
+    )
 
 
 _worker: Callable[[], Laboratory] | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,3 +80,20 @@ def test_errors_of_a_worker_are_those_of_the_package(
             list(results())
     finally:
         executor.close()
+
+
+def test_a_killed_worker_is_said_to_be_killed(
+    prepared: tuple[Request, Path, dict[Experiment, Measurement]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request, folder, _ = prepared
+    monkeypatch.setattr("fptq_onnx.analysis.executors._measure", _die)
+    executor = ProcessExecutor(request, folder, 1)
+    try:
+        with pytest.raises(RuntimeUnavailableError, match=r"a measuring process: it was killed.*fewer --jobs"):
+            list(executor.run(EXPERIMENTS))
+    finally:
+        executor.close()
+
+
+def _die(_: Experiment) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -8,10 +8,10 @@ import families
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
-import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sessions import unfused_session
 
 from fptq_onnx.calibration.memory_session import memory_session
 from fptq_onnx.calibration.nodes import NodeBuilder
@@ -63,13 +63,6 @@ def activations_of(ids: np.ndarray) -> dict[str, np.ndarray]:
     hidden = embedded @ WEIGHT
     return {"embedded": embedded, "half": embedded, "brain": embedded, "hidden": hidden, "flat": hidden,
             "headed": hidden[:, :, None], "pooled": hidden[:, 0]}  # fmt: skip
-
-
-def unfused_session(model: ir.Model) -> onnxruntime.InferenceSession:
-    def configure(options: onnxruntime.SessionOptions) -> None:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-
-    return memory_session(model, threads=1, configure=configure)
 
 
 def assert_same(a: ActivationStatistics, b: ActivationStatistics, what: str = "") -> None:

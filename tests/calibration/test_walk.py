@@ -10,8 +10,8 @@ import families
 import numpy as np
 import onnx_ir as ir
 import pytest
+from sessions import unfused_session
 
-from fptq_onnx.calibration.memory_session import memory_session
 from fptq_onnx.calibration.moments import SecondMomentObserver
 from fptq_onnx.calibration.observers import Observer, StatisticsObserver
 from fptq_onnx.calibration.runner import observe
@@ -24,16 +24,6 @@ from fptq_onnx.graph.model_file import load_model
 from fptq_onnx.graph.segments import find_segments
 from fptq_onnx.storage.states import States
 from fptq_onnx.storage.work_dir import WorkDir
-
-
-def _unfused(model: ir.Model) -> object:
-    """A session whose kernels do not depend on what lies behind a cut."""
-    import onnxruntime
-
-    def configure(options: onnxruntime.SessionOptions) -> None:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-
-    return memory_session(model, threads=1, configure=configure)
 
 
 def _observers(names: dict[str, int]) -> list[Observer]:
@@ -64,7 +54,7 @@ def _walk(model: ir.Model, batches: list[dict[str, np.ndarray]], states: States)
         batches,
         states,
         leading_tokens=0,
-        session_factory=_unfused,
+        session_factory=unfused_session,
         last=len(cut) - 1,
     )
     done: list[Observer] = []
@@ -86,7 +76,7 @@ def test_equals_the_uncut_model(tiny_model: families.TinyModel, tmp_path: Path) 
         batches[1]["attention_mask"] = np.array([[0, 0, 1, 1], [1, 1, 1, 1]])
     names = {str(g.activation.name): g.k for g in group_by_activation(find_linears(model).layers)}
     whole = _observers(names)
-    observe(model, whole, batches, session_factory=_unfused)
+    observe(model, whole, batches, session_factory=unfused_session)
     work = WorkDir(tmp_path / "work", {}) if tiny_model.architecture == "llama" else None
     found, wanted = _results(_walk(model, batches, States(work, "test"))), _results(whole)
     assert found.keys() == wanted.keys()
@@ -115,7 +105,7 @@ def test_takes_up_the_states_of_another_process(tmp_path: Path) -> None:
             batches,
             states,
             leading_tokens=0,
-            session_factory=_unfused,
+            session_factory=unfused_session,
             last=len(cut) - 1,
         )
 

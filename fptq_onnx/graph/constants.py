@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["constant_array", "constant_shape", "evaluate_path", "integers", "root_initializer"]
+__all__ = ["constant_array", "constant_number", "constant_shape", "evaluate_path", "integers", "root_initializer"]
 
 import ml_dtypes
 import numpy as np
@@ -59,6 +59,12 @@ def constant_array(value: ir.Value | None) -> np.ndarray | None:
     root, path = found
     assert root.const_value is not None
     return evaluate_path(root.const_value.numpy(), path)
+
+
+def constant_number(value: ir.Value | None) -> float | None:
+    """Return the number that a constant of one element holds, or None for anything else."""
+    array = constant_array(value)
+    return float(array.reshape(-1)[0]) if array is not None and array.size == 1 else None
 
 
 def constant_shape(root: ir.Value, path: tuple[ir.Node, ...]) -> tuple[int, ...]:

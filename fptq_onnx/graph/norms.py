@@ -9,7 +9,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from fptq_onnx.graph.constants import constant_array, constant_shape, root_initializer
+from fptq_onnx.graph.constants import constant_number, constant_shape, root_initializer
 
 # (domain, op type) -> (kind, index of weight, index of bias or None); input 0 is normalized ("Skip": plus input 1).
 FUSED_NORMS: dict[tuple[str, str], tuple[Literal["rms", "layer"], int, int | None]] = {
@@ -161,13 +161,13 @@ def _power_of_mean_square(value: ir.Value | None, x: ir.Value, wanted: float) ->
         elif node.op_type == "Reciprocal":
             power *= -1.0
         elif node.op_type == "Pow":
-            power *= _scalar(node.inputs[1]) or 0.0
-        elif node.op_type == "Div" and _scalar(value) == 1.0:
+            power *= constant_number(node.inputs[1]) or 0.0
+        elif node.op_type == "Div" and constant_number(value) == 1.0:
             power *= -1.0
             value = node.inputs[1]
-        elif node.op_type == "Add" and (addend := _scalar(value)) is not None:
+        elif node.op_type == "Add" and (addend := constant_number(value)) is not None:
             epsilon, value = epsilon + addend, node.inputs[1]
-        elif node.op_type == "Add" and (addend := _scalar(node.inputs[1])) is not None:
+        elif node.op_type == "Add" and (addend := constant_number(node.inputs[1])) is not None:
             epsilon += addend
         elif node.op_type == "ReduceMean":
             return epsilon if power == wanted and _is_square(value, x) else None
@@ -176,19 +176,13 @@ def _power_of_mean_square(value: ir.Value | None, x: ir.Value, wanted: float) ->
     return None
 
 
-def _scalar(value: ir.Value | None) -> float | None:
-    """The number a constant of one element holds."""
-    array = constant_array(value)
-    return float(array.reshape(-1)[0]) if array is not None and array.size == 1 else None
-
-
 def _is_square(value: ir.Value, x: ir.Value) -> bool:
     node = _producer(_through_cast(value) or value)
     if node is None or node.inputs[0] is None:
         return False
     same = _through_cast(node.inputs[0]) is _through_cast(x)
     if node.op_type == "Pow":
-        return same and _scalar(node.inputs[1]) == 2.0
+        return same and constant_number(node.inputs[1]) == 2.0
     return same and node.op_type == "Mul" and _through_cast(node.inputs[1]) is _through_cast(x)
 
 

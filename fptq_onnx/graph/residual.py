@@ -12,7 +12,7 @@ from typing import NamedTuple
 import onnx_ir as ir
 
 from fptq_onnx.graph.blocks import find_blocks
-from fptq_onnx.graph.constants import constant_array, constant_shape, integers, root_initializer
+from fptq_onnx.graph.constants import constant_number, constant_shape, integers, root_initializer
 from fptq_onnx.graph.linears import LinearLayer, LinearSearch
 from fptq_onnx.graph.norms import FUSED_NORMS, find_norms
 from fptq_onnx.graph.producers import Use
@@ -159,7 +159,12 @@ class _Walk:
             self.hand_on(node, 0)
         elif node.domain == "" and node.op_type in _REDUCTIONS:
             self.visit_reduction(node)
-        elif node.domain == "" and node.op_type == "Pow" and kinds[0] is _Kind.STREAM and _scalar(node.inputs[1]) == 2:
+        elif (
+            node.domain == ""
+            and node.op_type == "Pow"
+            and kinds[0] is _Kind.STREAM
+            and constant_number(node.inputs[1]) == 2
+        ):
             self.mark(node.outputs[0], _Kind.PRODUCT)
         elif node.domain == "" and node.op_type in ("Mul", "Div"):
             self.visit_product(node, kinds)
@@ -194,7 +199,7 @@ class _Walk:
         """What is computed from one number per token stays as it was; remember where it still is one."""
         if node.domain == "" and node.op_type in _ELEMENTWISE:
             others = [operand for operand, kind in zip(node.inputs, kinds, strict=True) if kind is None]
-            if all(operand is None or _scalar(operand) is not None for operand in others):
+            if all(operand is None or constant_number(operand) is not None for operand in others):
                 self.mark(node.outputs[0], _Kind.TOKEN)
 
     def visit_layer(self, node: ir.Node, kinds: list[_Kind | None]) -> None:
@@ -256,7 +261,7 @@ class _Walk:
         other = 1 - data
         if node.op_type == "Div" and data == 1:
             raise self.unfit(node)
-        if kinds[other] is _Kind.TOKEN or _scalar(node.inputs[other]) is not None:
+        if kinds[other] is _Kind.TOKEN or constant_number(node.inputs[other]) is not None:
             self.hand_on(node, data)
         elif node.op_type == "Mul" and kinds[data] is _Kind.STREAM and _width(node.inputs[other]) == self.hidden:
             self.mark(node.outputs[0], _Kind.SCALED, Use(node, other))
@@ -308,9 +313,9 @@ class _Walk:
         elif source.domain == "" and source.op_type in ("Add", "Sum"):
             for operand in range(len(source.inputs)):
                 self.add(source, operand)
-        elif source.domain == "" and source.op_type in ("Mul", "Div") and _scalar(source.inputs[1]) is not None:
+        elif source.domain == "" and source.op_type in ("Mul", "Div") and constant_number(source.inputs[1]) is not None:
             self.add(source, 0)
-        elif source.domain == "" and source.op_type == "Mul" and _scalar(source.inputs[0]) is not None:
+        elif source.domain == "" and source.op_type == "Mul" and constant_number(source.inputs[0]) is not None:
             self.add(source, 1)
         else:
             raise RotationRefusedError(
@@ -328,12 +333,6 @@ def check_own_weight(layer: LinearLayer) -> None:
     for value in (layer.weight, *(step.outputs[0] for step in layer.weight_path)):
         if len(value.uses()) != 1 or value.is_graph_output():
             raise RotationRefusedError(f"the weight {layer.weight.name} of {layer.label} is read by other nodes too")
-
-
-def _scalar(value: ir.Value | None) -> float | None:
-    """The number a constant of one element holds."""
-    array = constant_array(value)
-    return float(array.reshape(-1)[0]) if array is not None and array.size == 1 else None
 
 
 def _width(value: ir.Value | None) -> int | None:

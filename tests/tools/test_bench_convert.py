@@ -20,8 +20,7 @@ def test_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ["--recipe", "paper", "--set=calibration.windows=2", "--verify-tokens=0", f"--work-dir={tmp_path / 'w'}"]
     stopped = subprocess.Popen([sys.executable, bench_convert.__file__, *paths, *options], stderr=subprocess.PIPE)
     assert stopped.stderr is not None
-    while not stopped.stderr.readline().startswith(b"estimate"):
-        pass
+    assert any(line.startswith(b"estimate") for line in stopped.stderr), "it ended before it began to calibrate"
     children = Path(f"/proc/{stopped.pid}/task/{stopped.pid}/children").read_text().split()
     for process in (*children, stopped.pid):  # as a terminal does
         os.kill(int(process), signal.SIGINT)

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 import fptq_onnx
 from fptq_onnx.cli import app
+from fptq_onnx.graph.feeds import describe_inputs
 from fptq_onnx.graph.model_file import load_model
 from fptq_onnx.quantization.plan import Plan
 
@@ -247,6 +248,14 @@ def test_evaluate(model: Path, text: Path) -> None:
     assert f"perplexity      {both['perplexity']:.3f}  (60 tokens, windows of 16)" in shown.stdout
     assert f"mean KL         {both['kl_mean']:.4f} nats per token" in shown.stdout
     assert "tokens/s" in shown.stdout
+
+
+def test_evaluate_names_the_window_that_was_used(text: Path) -> None:
+    """A model with learned positions takes no more than it has."""
+    tiny = families.model("gpt2", families.DYNAMO)
+    shown = _run("evaluate", tiny.path, "--text", text, "--tokenizer", tiny.tokenizer, "--max-tokens", 10)
+    positions = describe_inputs(load_model(tiny.path)).positions
+    assert f"({positions - 1} tokens, windows of {positions})" in shown.stdout, shown.output
 
 
 @pytest.mark.slow

@@ -30,7 +30,12 @@ def evaluate(
     window: Annotated[int, typer.Option("--window", min=2, help="Tokens per window; windows do not overlap.")] = 512,
     max_tokens: Annotated[
         int | None,
-        typer.Option("--max-tokens", min=1, help="Stop after this many predicted tokens.", show_default=False),
+        typer.Option(
+            "--max-tokens",
+            min=1,
+            help="At most this many predicted tokens, in whole windows (one at least).",
+            show_default=False,
+        ),
     ] = None,
     against: Annotated[
         Path | None,
@@ -47,8 +52,9 @@ def evaluate(
     if found is None:
         raise CalibrationError(str(file), "there is no tokenizer.json beside it", "Give one with --tokenizer")
     token_ids = encode_text(load_tokenizer(found), read_text(text), str(text))
+    opened = open_language_model(file, provider.value)
     result = evaluate_perplexity(
-        open_language_model(file, provider.value),
+        opened,
         token_ids,
         against=None if against is None else open_language_model(find_model(against), provider.value),
         window=window,
@@ -58,7 +64,8 @@ def evaluate(
     if as_json:
         print_json(dataclasses.asdict(result))
         return
-    out.print(f"perplexity      {result.perplexity:.3f}  ({result.tokens} tokens, windows of {window})")
+    used = opened.inputs.window(window)  # what the model takes may be shorter
+    out.print(f"perplexity      {result.perplexity:.3f}  ({result.tokens} tokens, windows of {used})")
     if result.kl_mean is not None and result.top1_agreement is not None:
         out.print(f"mean KL         {result.kl_mean:.4f} nats per token")
         out.print(f"top-1 agreement {result.top1_agreement:.1%}")

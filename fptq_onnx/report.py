@@ -27,6 +27,7 @@ __all__ = [
     "SkippedReport",
     "Stopwatch",
     "Verification",
+    "is_report",
     "peak_memory_bytes",
     "show",
     "versions",
@@ -46,9 +47,10 @@ class LayerReport:
         k: Input channels.
         n: Output channels.
         range: Calibrated activation range v of the layer's input, before equalization.
-        scheme: `static`, `equalized-static`, `per-token` or `float`.
+        scheme: `static`, `equalized-static`, `per-token` or `float`, as planned; the format matmulnbits keeps the
+            activations of all of them float.
         equalization: Where the equalization scale went: `norm: <weight>`, `linear: <layer>`, `mul: <why>`, or `none`.
-        weight_method: Grid and group of the int4 weight, or `float`.
+        weight_method: Grid and group of the integer weight, or `float`.
         snr_db: Signal-to-noise ratio of the layer's output, both models run whole; None if not verified. Infinite where
             nothing before the layer was quantized; JSON has no infinity, there it is null too.
         bytes_before: Bytes of the float weight.

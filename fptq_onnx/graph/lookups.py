@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["attends_in_place", "cache_head_size", "position_limit", "token_lookups", "vocabulary_size"]
+__all__ = ["TOKEN_NAMES", "attends_in_place", "cache_head_size", "position_limit", "token_lookups", "vocabulary_size"]
 
 from collections.abc import Collection, Iterator
 

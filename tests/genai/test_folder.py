@@ -22,7 +22,8 @@ from fptq_onnx.errors import FptqError, ModelError, NothingQuantizedError, Verif
 from fptq_onnx.evaluation.language_model import open_language_model
 from fptq_onnx.generation.generate import generate, stop_tokens
 
-FAMILIES = (families.GENAI_FP32, families.GENAI_FP16)
+# And whether steps are fused, float32 attention among them.
+FAMILIES = ((families.GENAI_FP32, False), (families.GENAI_FP32, True), (families.GENAI_FP16, False))
 PROMPTS = ([5, 6, 7, 8], [31, 14, 15, 92, 65, 35], [200])
 NEW = 12
 
@@ -30,10 +31,11 @@ NEW = 12
 @pytest.fixture(scope="module", params=FAMILIES)
 def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A folder of the model builder, and what `convert` makes of it."""
-    source = families.model("llama", request.param).path.parent
+    family, fuse = request.param
+    source = families.model("llama", family).path.parent
     target = tmp_path_factory.mktemp("genai") / "converted"
     before = _digests(source)
-    report = fptq_onnx.convert(source, target, recipe=recipe(), verify_tokens=LENGTH)
+    report = fptq_onnx.convert(source, target, recipe=recipe(), fuse=fuse, verify_tokens=LENGTH)
     assert _digests(source) == before
     assert report.output == str(target / "model.onnx") and report.verification is not None
     return source, target

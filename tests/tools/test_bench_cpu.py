@@ -52,6 +52,7 @@ def test_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every form of a tiny decoder is written and runs both phases; the profile names the operators that ran."""
     source = families.model("llama", families.GENAI_FP32).path
     names = ["float32", "MatMulNBits b128", "dynamic int8", "W4A8", "W4A8 unfused", "W4A8 float head"]
+    names += ["W4A8 onnxruntime attention"]
     arguments = ["models", str(source), "--variants", ",".join(names), "--prefill", "8", "--past", "8", "--profile"]
     arguments += ["--threads", "1", "--rounds", "1", "--seconds", "0.01", "--openvino", "--llama-cpp", "tiny.Q4_1.gguf"]
     monkeypatch.setattr(cpu_bench.llama_cpp, "is_installed", lambda: False)
@@ -64,6 +65,8 @@ def test_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert record["unavailable"]["llama.cpp Q4_1"] == "xllamacpp is not installed"
     for profile in record["profile"].values():
         assert "SkipRMSNormQuantize" in profile["W4A8"] and "W8A8MatMul (head)" in profile["W4A8"]
+        assert "PackedRotaryGroupQueryAttention" in profile["W4A8"]
+        assert "GroupQueryAttention" in profile["W4A8 onnxruntime attention"]
         assert "QuantizeLinear" in profile["W4A8 unfused"] and "MatMul (head)" in profile["W4A8 float head"]
 
 

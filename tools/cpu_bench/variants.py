@@ -113,4 +113,7 @@ VARIANTS = {
         source, target, max_multiple=MAX_MULTIPLE, int8_head=False, fused=True
     ),
 }
-"""Name -> writer. "W4A8": integer-structured scales, int8 head, fused steps; the others each lack one of these."""
+"""Name -> writer. "W4A8": integer-structured scales, int8 head, fused steps; the others each lack one of these.
+
+Fused steps are those of `convert --fuse`, attention among them.
+"""

@@ -10,6 +10,8 @@ import op_models
 import pytest
 from other_runtimes import python_with
 
+from fptq_onnx.ops import group_query_attention
+
 _ON_ANOTHER_RUNTIME = """
 import sys
 import numpy as np
@@ -54,3 +56,32 @@ def test_other_runtimes_agree(version: str, multiple: int, tmp_path: Path) -> No
     for name in outputs.files:
         tolerance = 0 if name.startswith("kernel") or multiple else 1e-4 * np.abs(expected).max()
         np.testing.assert_allclose(outputs[name], expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["1.23.2", "1.27.0", "1.32.0"])
+def test_attention_on_other_runtimes(version: str, tmp_path: Path) -> None:
+    """The kernel gives the same bytes everywhere; the function body is the runtime's own operator."""
+    rng = np.random.default_rng(3)
+    shapes = {"qkv": (2, 1, 128), "past_key": (2, 2, 9, 16), "past_value": (2, 2, 9, 16)}
+    feeds = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    feeds |= {"seqlens_k": np.array([9, 4], np.int32), "total_sequence_length": np.array(10, np.int32)}
+    angle = rng.uniform(0, 6, (12, 8))
+    feeds |= {"cos_cache": np.cos(angle).astype(np.float32), "sin_cache": np.sin(angle).astype(np.float32)}
+    dtypes = {name: op_models.ir.DataType.from_numpy(array.dtype) for name, array in feeds.items()}
+    qkv, *others = inputs = [op_models.value(name, dtypes[name], array.shape) for name, array in feeds.items()]
+    node = group_query_attention.group_query_attention(
+        [qkv], others[:4], others[4:], num_heads=4, kv_num_heads=2, name="the_node"
+    )
+    for output, name in zip(node.outputs, ("Y", "present_key", "present_value"), strict=True):
+        output.name = name
+    model = op_models.model_of([node], inputs, [])
+    op_models.ir.save(model, tmp_path / "model.onnx")
+    np.savez(tmp_path / "feeds.npz", **feeds)
+    python = python_with(version)
+    subprocess.run([python, "-c", _ON_ANOTHER_RUNTIME, str(tmp_path), op_models.library_path()], check=True)
+    expected = op_models.run(model, feeds)[0]
+    outputs = np.load(tmp_path / "outputs.npz")
+    assert len(outputs.files) == 5
+    for name in outputs.files:
+        np.testing.assert_allclose(outputs[name], expected, rtol=0, atol=0 if name.startswith("kernel") else 1e-5)

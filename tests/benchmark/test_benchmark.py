@@ -149,7 +149,7 @@ def test_refusals(tmp_path: Path) -> None:
         benchmark(fixed, settings=Settings(batches=(1,)))
     with pytest.raises(ModelError, match="has 256 positions, too few for 300 tokens and 32 new ones"):
         benchmark(families.model("gpt2", families.DYNAMO_KV).path, settings=Settings(lengths=(300,)))
-    with pytest.raises(ModelError, match=r"missing\.onnx: cannot be read"):
+    with pytest.raises(ModelError, match=r"missing\.onnx: there is no such file"):
         benchmark(tiny, [tmp_path / "missing.onnx"], settings=QUICK)
     for value in model.graph.inputs:
         value.name = f"pixels_{value.name}"

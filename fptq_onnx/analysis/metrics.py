@@ -13,9 +13,11 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from fptq_onnx.errors import CalibrationError
+from fptq_onnx.evaluation.causality import check_causal
 from fptq_onnx.evaluation.compare import compare_embeddings, embed
 from fptq_onnx.evaluation.reference import Reference
 from fptq_onnx.graph.feeds import Feeds, ModelInputs
+from fptq_onnx.graph.lookups import TOKEN_NAMES
 
 __all__ = ["METRICS", "CosineMetric", "EntryPointMetric", "LanguageMetric", "LastWordMetric", "Metric", "Passage"]
 
@@ -75,8 +77,14 @@ class LanguageMetric(Metric):
         self._references: list[Reference] = []
 
     def evaluate(self, run: Run) -> dict[str, float]:
-        """`kl`, `perplexity` and `top1`; the first run is the reference of the others."""
+        """`kl`, `perplexity` and `top1`; the first run is the reference of the others.
+
+        Raises:
+            CalibrationError: The metric is perplexity and the first model is not causal.
+        """
         first = not self._references
+        if first and self.name == "perplexity":
+            _check_causal(run, self._windows[0], self._logits)
         kl = nll = agreeing = 0.0
         for index, (feeds, ids) in enumerate(zip(self._windows, self._token_ids, strict=True)):
             logits = run(feeds)[self._logits][0, :-1]
@@ -128,9 +136,17 @@ class LastWordMetric(Metric):
     def __init__(self, passages: Sequence[Passage], logits: str) -> None:
         """Keep the data."""
         self._passages, self._logits = passages, logits
+        self._checked = False
 
     def evaluate(self, run: Run) -> dict[str, float]:
-        """The accuracy. Feeding the true word equals greedy decoding for all-or-nothing matches."""
+        """The accuracy. Feeding the true word equals greedy decoding for all-or-nothing matches.
+
+        Raises:
+            CalibrationError: The first model is not causal: it would see the word.
+        """
+        if not self._checked:
+            _check_causal(run, self._passages[0].feeds, self._logits)
+            self._checked = True
         right = 0
         for passage in self._passages:
             predicted = run(passage.feeds)[self._logits][0].argmax(axis=-1)
@@ -189,6 +205,16 @@ class EntryPointMetric(Metric):
             raise CalibrationError(
                 f"metric {self.name!r}", f"it returned {score!r}, which is not a number", "Return a float"
             ) from None
+
+
+def _check_causal(run: Run, feeds: Feeds, logits: str) -> None:
+    name = next(name for name in TOKEN_NAMES if name in feeds)
+    tokens = feeds[name]
+    check_causal(
+        lambda ids: run({**feeds, name: ids[None].astype(tokens.dtype)})[logits][0],
+        tokens[0].astype(np.int64),
+        "the model",
+    )
 
 
 class _AsSession:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fptq_onnx.errors import CalibrationError
+from fptq_onnx.evaluation.causality import PROBE_TOKENS, check_causal, mixes_tokens
 from fptq_onnx.graph.feeds import ModelInputs, describe_inputs, describe_session
 from fptq_onnx.graph.model_file import load_model
 from fptq_onnx.runtime import Provider, session
@@ -30,12 +32,14 @@ class LanguageModel:
         inputs: Its inputs.
         name: How to name it in errors.
         logits: Name of the output of logits [B, S, vocabulary].
+        causal: Known to be causal, or not to be told from one (see `mixes_tokens`).
     """
 
     session: Any
     inputs: ModelInputs
     name: str
     logits: str
+    causal: bool = False
 
     @classmethod
     def from_session(cls, session: Any, inputs: ModelInputs | None = None, name: str = "the model") -> LanguageModel:
@@ -61,6 +65,19 @@ class LanguageModel:
                 name, f"has no output of logits among {', '.join(outputs)}", "Evaluate a causal language model"
             )
         return cls(session, inputs or describe_session(session), name, logits)
+
+    def check_causal(self, token_ids: npt.NDArray[np.int64]) -> None:
+        """Refuse a model that sees the tokens it is to predict; a key/value cache is proof enough that it does not.
+
+        Args:
+            token_ids: The start of a text, int64 [2 or more].
+
+        Raises:
+            CalibrationError: It does, or it fails.
+        """
+        if not self.causal and not self.inputs.caches:
+            ids = token_ids[: self.inputs.window(PROBE_TOKENS)]
+            check_causal(lambda ids: self.run(ids, "window 0")[0], ids, self.name)
 
     def run(self, token_ids: npt.NDArray[np.int64], where: str) -> tuple[npt.NDArray[Any], float]:
         """Logits [S, vocabulary] of one sequence [S] in the model's type, and the seconds that running it took.
@@ -112,4 +129,5 @@ def open_language_model(
     if register_library is None:
         register_library = _DOMAIN in model.graph.opset_imports
     opened = session(path, provider, register_library=register_library, threads=threads, config=config or {})
-    return LanguageModel.from_session(opened, describe_inputs(model), os.fspath(path))
+    found = LanguageModel.from_session(opened, describe_inputs(model), os.fspath(path))
+    return dataclasses.replace(found, causal=mixes_tokens(model))

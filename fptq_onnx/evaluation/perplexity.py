@@ -156,7 +156,7 @@ def evaluate(
 
     Raises:
         CalibrationError: Less than one window of text, ids outside the vocabulary, models of different vocabularies,
-            or logits that are NaN.
+            a model that is not causal, or logits that are NaN.
     """
     window = model.inputs.window(window)
     if window < 2:
@@ -164,6 +164,9 @@ def evaluate(
     windows = token_windows(token_ids, window)
     if max_tokens is not None:
         windows = windows[: max(1, max_tokens // (window - 1))]
+    model.check_causal(windows[0])
+    if against is not None:
+        against.check_causal(windows[0])
     nll = reference_nll = kl = seconds = 0.0
     agreeing = 0
     with (progress or SilentProgress()).stage("Evaluating", len(windows)) as advance:

@@ -108,6 +108,9 @@ def test_metrics_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         Laboratory(_request(tmp_path, metric="accuracy"), tmp_path / "work")
     with pytest.raises(CalibrationError, match="no logits per token"):
         Laboratory(_request(tmp_path, "bert-classifier", "kl"), tmp_path / "work")
+    for metric in ("perplexity", "last-word"):
+        with pytest.raises(CalibrationError, match="depend on the tokens behind it"):
+            _ = Laboratory(_request(tmp_path, "bert", metric), tmp_path / "work").baseline
     short = tmp_path / "short.txt"
     short.write_text("word\n")
     with pytest.raises(CalibrationError, match="no line is a passage"):

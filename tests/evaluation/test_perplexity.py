@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from onnxruntime.quantization import quantize_dynamic
 
 from fptq_onnx.errors import CalibrationError
 from fptq_onnx.evaluation.language_model import LanguageModel, open_language_model
@@ -78,7 +79,7 @@ def test_conventions_of_windows():
     session = FakeSession(table)
     ids = np.random.default_rng(1).integers(0, 7, 23)
     result = perplexity(LanguageModel.from_session(session), ids, window=5)
-    assert session.lengths == [5, 5, 5, 5]  # three tokens are dropped
+    assert session.lengths[2:] == [5, 5, 5, 5]  # two runs tell whether it is causal; three tokens are dropped
     log_p = log_softmax(table)
     nll = [-log_p[a, b] for w in ids[:20].reshape(4, 5) for a, b in itertools.pairwise(w)]
     assert result.tokens == len(nll) == 16
@@ -118,6 +119,24 @@ def test_families_of_one_checkpoint_agree():
         assert result.perplexity == pytest.approx(result.reference_perplexity, rel=1e-4 if exact else 2e-2)
         assert -1e-12 <= result.kl_mean < (1e-8 if exact else 1e-3)
         assert result.top1_agreement == 1 or not exact
+
+
+def test_a_masked_language_model_has_no_perplexity():
+    ids = families.model("bert", families.DYNAMO).token_ids(1, 40).ravel()
+    model = open_language_model(families.model("bert", families.DYNAMO).path, threads=1)
+    causal = open_language_model(families.model("llama", families.DYNAMO).path, threads=1)
+    for arguments in ({"model": model}, {"model": causal, "against": model}):
+        with pytest.raises(CalibrationError, match=r"bert/.*depend on the tokens behind it.*--metric cosine"):
+            evaluate(token_ids=ids, window=16, **arguments)
+
+
+def test_int8_with_one_scale_for_all_tokens_is_still_causal(tmp_path):
+    """onnxruntime's dynamic quantization moves a token's logits with those behind it, by rounding only."""
+    tiny = families.model("llama", families.DYNAMO)
+    quantize_dynamic(tiny.path, tmp_path / "int8.onnx")
+    model = open_language_model(tmp_path / "int8.onnx", threads=1)
+    assert model.causal
+    assert evaluate(model, tiny.token_ids(1, 40).ravel(), window=16).tokens == 30
 
 
 @pytest.mark.parametrize(

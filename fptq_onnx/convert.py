@@ -128,7 +128,8 @@ def convert(
         settings = settings.with_overrides({"layers.exclude": [*settings.layers.exclude, *exclude]})
     edited = plan if isinstance(plan, Plan) or plan is None else Plan.load(os.fspath(plan))
     limit = max_kl if max_kl is not None else settings.verification.max_kl
-    read = [source, *(Path(os.fspath(p)) for p in (calibration, tokenizer, plan, recipe) if isinstance(p, _PATH))]
+    others = (calibration, tokenizer, plan, settings.source)
+    read = [source, *(Path(os.fspath(p)) for p in others if isinstance(p, _PATH))]
     _check_request(target, output_format, fuse, limit, verify_tokens, settings.fallback.rounds)
     _check_output(target, dry_run, [*read, *_beside(source)])
     check_provider(provider, register_library=output_format == "custom" and verify_tokens > 0)

@@ -14,6 +14,7 @@ __all__ = [
     "StoppedError",
     "VerificationError",
     "WorkDirError",
+    "why_unreadable",
 ]
 
 
@@ -86,3 +87,12 @@ class VerificationError(FptqError):
         """Keep the report beside the message."""
         super().__init__(where, reason, fix)
         self.report = report
+
+
+def why_unreadable(error: OSError | UnicodeDecodeError) -> str:
+    """Reason clause for a file that could not be read, the same wherever it is a user's file."""
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    if isinstance(error, UnicodeDecodeError):
+        return f"is not UTF-8 text ({error.reason})"
+    return f"cannot be read ({error.strerror or error})"

@@ -87,7 +87,7 @@ def test_process_that_fails(tmp_path: Path) -> None:
     done = _process("convert", "missing.onnx", "--calibration", "data.npz", cwd=tmp_path)
     assert done.returncode == 1 and done.stdout == ""
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: ") and "missing.onnx: cannot be read: No such file or directory. Check" in line
+    assert line.startswith("error: ") and "missing.onnx: there is no such file. Check" in line
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -192,7 +192,7 @@ def test_errors_are_one_line(model: Path, text: Path, tmp_path: Path) -> None:
     assert "there is no such field. Use grid." in _fails(1, "convert", model, "--set", "weights.gird=1")
     assert "size 'much': it is not a size. Write it like 8GiB." in _fails(1, "convert", model, "--max-memory", "much")
     assert "holds files of something else" in _fails(1, "convert", model, "--work-dir", tmp_path, *SMALL)
-    assert "no.txt: cannot be read" in _fails(1, "convert", model, "--calibration", tmp_path / "no.txt")
+    assert "no.txt: there is no such file" in _fails(1, "convert", model, "--calibration", tmp_path / "no.txt")
     (tmp_path / "tokenizer.json").unlink()
     assert "there is no tokenizer" in _fails(1, "convert", model, "--calibration", text)
     assert "there is no tokenizer.json beside it. Give one" in _fails(1, "evaluate", model, "--text", text)

@@ -59,7 +59,10 @@ def test_a_file_may_set_little(tmp_path):
     path.write_text("name: mine\nactivations:\n  scheme: per-token\n")
     assert Recipe.load(path).policy().scheme is Scheme.PER_TOKEN
     path.write_text("")
-    assert Recipe.load(str(path)) == Recipe()
+    empty = Recipe.load(str(path))
+    assert empty.resolved() == Recipe().resolved()
+    assert empty.source == empty.with_overrides({"weights.grid": "signed8"}).source == path
+    assert Recipe.load("paper").source is None
 
 
 @pytest.mark.parametrize(
@@ -92,7 +95,7 @@ def test_mistakes_name_line_field_and_fix(text, message):
 def test_unknown_recipes(tmp_path):
     with pytest.raises(RecipeError, match=r"no such recipe\. Use .*paper"):
         Recipe.load("papier")
-    with pytest.raises(RecipeError, match="cannot be read"):
+    with pytest.raises(RecipeError, match=r"absent\.yaml: there is no such file"):
         Recipe.load(tmp_path / "absent.yaml")
 
 

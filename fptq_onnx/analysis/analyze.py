@@ -27,7 +27,7 @@ from fptq_onnx.analysis.sensitivity import inspect, layer_losses, measure_groups
 from fptq_onnx.analysis.speed import CostModel
 from fptq_onnx.analysis.study import Study
 from fptq_onnx.errors import RecipeError
-from fptq_onnx.graph.output_files import writing
+from fptq_onnx.graph.output_files import refuse_overwriting, writing
 from fptq_onnx.progress import Progress, SilentProgress
 from fptq_onnx.recipe import Recipe
 from fptq_onnx.report import Stopwatch, versions
@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 Step = Literal["baseline", "quantized", "groups", "layers", "thresholds", "mixed"]
 STEPS: tuple[Step, ...] = get_args(Step)
 
+# What is written into the output folder.
+_WRITTEN = _PAGE, _FIGURES, _RECIPE = "report.html", "analysis.json", "recipe.yaml"
 # Share of the budget for measurements; the rest is for the check on unseen text and the page.
 _MEASURING = 0.85
 # Of the time that is left when a step begins, the share that it may use; what it leaves goes to the next.
@@ -98,6 +100,7 @@ def analyze(
         NothingQuantizedError: It has no linear layer.
         RecipeError: The recipe does not fit, or a step is unknown.
         CalibrationError: The data do not fit the model.
+        ModelError: A file in `output` is one that is read, or cannot be written.
         RuntimeUnavailableError: onnxruntime, the provider, the op library, Ray or matplotlib is missing.
     """
     unknown = set(steps) - set(STEPS)
@@ -115,6 +118,12 @@ def analyze(
         window,
         provider,
         options=_options(recipe),
+    )
+    read = (request.model, request.text, request.calibration, request.tokenizer_path(), settings.source)
+    refuse_overwriting(
+        [Path(output) / name for name in _WRITTEN],
+        [path for path in read if path is not None],
+        "this is a file that the analysis reads",
     )
     with tempfile.TemporaryDirectory(prefix="fptq-analyze-") as temporary:
         folder = Path(work_dir) if work_dir is not None else Path(temporary)
@@ -166,10 +175,10 @@ class _Analyzer:
             analysis.skipped, analysis.measurements = self._campaign.skipped, self._campaign.made
             analysis.seconds, analysis.versions = self._watch.seconds, versions()
             if proposal is not None:
-                (output / "recipe.yaml").write_text(recipe_yaml(proposal), encoding="utf-8")
+                (output / _RECIPE).write_text(recipe_yaml(proposal), encoding="utf-8")
                 analysis.proposal["command"] = convert_command(self._lab, output)
-            (output / "analysis.json").write_text(analysis.to_json(), encoding="utf-8")
-            write_page(output / "report.html", analysis, self._lab, self._grid)
+            (output / _FIGURES).write_text(analysis.to_json(), encoding="utf-8")
+            write_page(output / _PAGE, analysis, self._lab, self._grid)
         return analysis
 
     def _executor(self, jobs: int, ray: str | None) -> Executor:

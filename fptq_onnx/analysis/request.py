@@ -29,7 +29,7 @@ from fptq_onnx.calibration.tokens import (
     read_text,
     token_windows,
 )
-from fptq_onnx.errors import CalibrationError
+from fptq_onnx.errors import CalibrationError, why_unreadable
 from fptq_onnx.graph.feeds import Feeds, ModelInputs, describe_inputs
 from fptq_onnx.graph.model_file import source_files
 from fptq_onnx.recipe import Recipe
@@ -90,7 +90,7 @@ def _file_digest(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise CalibrationError(str(path), f"cannot be read ({error.strerror})", "Check the path") from error
+        raise CalibrationError(str(path), why_unreadable(error), "Check the path") from error
 
 
 def open_metric(request: Request, model: ir.Model) -> tuple[Metric, list[Feeds]]:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from fptq_onnx.errors import CalibrationError
+from fptq_onnx.errors import CalibrationError, why_unreadable
 
 __all__ = ["encode_text", "encode_windows", "find_tokenizer", "load_tokenizer", "read_text", "token_windows"]
 
@@ -27,9 +27,9 @@ def read_text(path: PathLike) -> str:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise CalibrationError(str(path), f"cannot be read ({error.strerror})", "Check the path") from error
+        raise CalibrationError(str(path), why_unreadable(error), "Check the path") from error
     except UnicodeDecodeError as error:
-        raise CalibrationError(str(path), f"is not UTF-8 text ({error.reason})", "Convert it to UTF-8") from error
+        raise CalibrationError(str(path), why_unreadable(error), "Convert it to UTF-8") from error
     if not text.strip():
         raise CalibrationError(str(path), "holds no text", "Give a text in the model's language")
     return text

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fptq_onnx.errors import ModelError
+from fptq_onnx.errors import ModelError, why_unreadable
 
 __all__ = ["CONFIG_NAME", "GenaiConfig"]
 
@@ -46,7 +46,7 @@ class GenaiConfig:
                 "Give the .onnx file itself, or a folder made by onnxruntime-genai's model builder",
             ) from None
         except OSError as error:
-            raise ModelError(str(path), f"cannot be read: {error.strerror}", "Check the permissions") from error
+            raise ModelError(str(path), why_unreadable(error), "Check the permissions") from error
         except ValueError as error:
             raise ModelError(str(path), f"is not JSON ({error})", "Build the model folder again") from error
         config = cls(path, data)

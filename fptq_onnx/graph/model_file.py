@@ -24,7 +24,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common
 from google.protobuf.message import DecodeError, EncodeError  # type: ignore[import-untyped]
 
-from fptq_onnx.errors import ModelError
+from fptq_onnx.errors import ModelError, why_unreadable
 from fptq_onnx.graph.node_rules import check_nodes
 from fptq_onnx.graph.output_files import refuse_overwriting, staged
 from fptq_onnx.graph.wellformed import (
@@ -178,13 +178,13 @@ def _parse(file: pathlib.Path) -> onnx.ModelProto:
     try:
         mode = file.stat().st_mode
     except OSError as error:
-        raise ModelError(str(file), f"cannot be read: {error.strerror}", "check the path") from error
+        raise ModelError(str(file), why_unreadable(error), "check the path") from error
     if not stat.S_ISREG(mode):
         raise ModelError(str(file), "is not a regular file", "give the path of the .onnx file itself")
     try:
         proto = onnx.load(str(file), format="protobuf", load_external_data=False)
     except OSError as error:
-        raise ModelError(str(file), f"cannot be read: {error.strerror}", "check the permissions") from error
+        raise ModelError(str(file), why_unreadable(error), "check the permissions") from error
     except (DecodeError, RuntimeError, ValueError) as error:
         if _starts_with(file, _LFS):
             raise ModelError(str(file), "is a Git LFS pointer, not the file itself", "run `git lfs pull`") from error

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from fptq_onnx.errors import RecipeError
+from fptq_onnx.errors import RecipeError, why_unreadable
 from fptq_onnx.quantization.int4 import Grid
 from fptq_onnx.quantization.policy import EqualizationMethod, Scheme
 
@@ -131,7 +131,7 @@ class Plan:
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(str(path), f"it cannot be read ({error})", "Give the path of a plan file") from None
+            raise RecipeError(str(path), why_unreadable(error), "Give the path of a plan file") from None
         return cls.from_json(text, where=str(path))
 
     def check(self, where: str = "plan") -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import PrivateAttr, ValidationError
 
-from fptq_onnx.errors import RecipeError
+from fptq_onnx.errors import RecipeError, why_unreadable
 from fptq_onnx.quantization.policy import PolicySettings, Scheme
 from fptq_onnx.recipe.fields import listing, recipe_error, set_field
 from fptq_onnx.recipe.sections import (
@@ -62,6 +62,13 @@ class Recipe(Section):
     verification: VerificationRecipe = VerificationRecipe()
     """When the result is accepted."""
 
+    _source: Path | None = PrivateAttr(default=None)
+
+    @property
+    def source(self) -> Path | None:
+        """The file that it was read from; None for recipes of the package and those made in memory."""
+        return self._source
+
     @classmethod
     def names(cls) -> list[str]:
         """The recipes that come with the package."""
@@ -90,9 +97,12 @@ class Recipe(Section):
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            reason = f"it cannot be read ({error})"
-            raise RecipeError(text_name, reason, "Give a recipe name or the path of a YAML file") from None
-        return cls.from_yaml(text, where=text_name, overrides=overrides)
+            raise RecipeError(
+                text_name, why_unreadable(error), "Give a recipe name or the path of a YAML file"
+            ) from None
+        recipe = cls.from_yaml(text, where=text_name, overrides=overrides)
+        recipe._source = path if path.parent != _RECIPES else None
+        return recipe
 
     @classmethod
     def from_yaml(cls, text: str, *, where: str = "recipe", overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -122,9 +132,11 @@ class Recipe(Section):
         for dotted, value in overrides.items():
             set_field(data, dotted, value)
         try:
-            return Recipe.model_validate(data)
+            changed = Recipe.model_validate(data)
         except ValidationError as error:
             raise recipe_error(Recipe, error, self.name, None, set(overrides)) from None
+        changed._source = self._source
+        return changed
 
     def resolved(self) -> dict[str, Any]:
         """Every field with its value, in plain JSON types, for the report and the model's metadata."""

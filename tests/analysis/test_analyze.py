@@ -124,7 +124,7 @@ def test_bad_requests_are_refused_before_anything_is_written(outlier: Analyzed, 
     text = planted.text(tmp_path)
     with pytest.raises(RecipeError, match="it is unknown"):
         analyze(outlier.model, tmp_path / "report", text=text, steps=("everything",))  # type: ignore[arg-type]
-    with pytest.raises(CalibrationError, match="cannot be read"):
+    with pytest.raises(CalibrationError, match=r"missing\.txt: there is no such file"):
         analyze(outlier.model, tmp_path / "report", text=tmp_path / "missing.txt")
     assert not (tmp_path / "report").exists()
     (tmp_path / "report").touch()
@@ -136,3 +136,12 @@ def test_findings_are_sorted(outlier: Analyzed) -> None:
     priorities = [finding.priority for finding in outlier.analysis.findings]
     assert priorities == sorted(priorities, reverse=True)
     assert all(dataclasses.asdict(finding)["evidence"] for finding in outlier.analysis.findings)
+
+
+def test_files_that_are_read_are_not_replaced(outlier: Analyzed, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text((outlier.report / "recipe.yaml").read_text())
+    before = recipe.read_bytes()
+    with pytest.raises(ModelError, match=r"recipe\.yaml: this is a file that the analysis reads"):
+        analyze(outlier.model, tmp_path, text=planted.text(outlier.folder), recipe=recipe)
+    assert recipe.read_bytes() == before

@@ -167,7 +167,12 @@ def test_windows_of_token_ids():
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(b"", "holds no text"), (b" \n\t ", "holds no text"), (b"\xff\xfe\x00", "is not UTF-8"), (None, "cannot be read")],
+    [
+        (b"", "holds no text"),
+        (b" \n\t ", "holds no text"),
+        (b"\xff\xfe\x00", "is not UTF-8"),
+        (None, "there is no such file"),
+    ],
 )
 def test_bad_text(tmp_path, tokenizer, content, reason):
     path = tmp_path / "bad.txt"

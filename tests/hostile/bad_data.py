@@ -41,7 +41,7 @@ def _npz(folder: Path, **arrays: Any) -> Attempt:
     return _with(folder, folder / "feeds.npz")
 
 
-@case(_DATA, "no such file", "cannot be read", error=CalibrationError)
+@case(_DATA, "no such file", "there is no such file", error=CalibrationError)
 def missing_text(folder: Path) -> Attempt:
     attempt = _file(folder, "text.txt", b"", _tokenizer())
     (folder / "text.txt").unlink()

@@ -28,7 +28,7 @@ def _whole() -> bytes:
 # ---- the model file --------------------------------------------------------------------------------------------------
 
 
-@case(_FILE, "no such file", "cannot be read: No such file or directory")
+@case(_FILE, "no such file", "there is no such file")
 def missing_file(folder: Path) -> Attempt:
     return Attempt(folder / "model.onnx")
 
@@ -45,7 +45,7 @@ def pipe_for_a_file(folder: Path) -> Attempt:
     return Attempt(folder / "model.onnx")
 
 
-@case(_FILE, "a link to itself", "cannot be read: Too many levels of symbolic links")
+@case(_FILE, "a link to itself", "cannot be read (Too many levels of symbolic links)")
 def link_to_itself(folder: Path) -> Attempt:
     (folder / "model.onnx").symlink_to("model.onnx")
     return Attempt(folder / "model.onnx")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import base_model
+import numpy as np
 from case import Attempt, case
 
 from fptq_onnx.quantization.plan import Plan
@@ -88,6 +89,22 @@ def report_over_the_plan(folder: Path) -> Attempt:
     attempt = _model(folder, "out.onnx")
     (folder / "out.json").write_text(Plan((), {}).to_json())
     attempt.options["plan"] = folder / "out.json"
+    return attempt
+
+
+@case(_SAME, "the recipe", "this is a file that the conversion reads")
+def output_is_the_recipe(folder: Path) -> Attempt:
+    attempt = _model(folder, "recipe.yaml")
+    attempt.recipe = folder / "recipe.yaml"
+    attempt.recipe.write_text("name: mine\n")
+    return attempt
+
+
+@case(_SAME, "the calibration data", "this is a file that the conversion reads")
+def output_is_the_calibration(folder: Path) -> Attempt:
+    attempt = _model(folder, "data.npz")
+    attempt.options["calibration"] = folder / "data.npz"
+    np.savez(folder / "data.npz", x=np.zeros((1, 8, 32), np.float32))
     return attempt
 
 

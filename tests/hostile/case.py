@@ -32,6 +32,7 @@ class Attempt:
         model: The bad model, or a sound one.
         output: Where to write; `out.onnx` beside the model by default.
         options: Other arguments of `fptq_onnx.convert`.
+        recipe: Name or path.
         overrides: Fields of the recipe beyond `OVERRIDES`.
         around: Entered for the time of the conversion, such as to take the disk away.
     """
@@ -39,6 +40,7 @@ class Attempt:
     model: Path
     output: Path | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    recipe: str | Path = "balanced"
     overrides: dict[str, Any] = field(default_factory=dict)
     around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
@@ -53,14 +55,14 @@ class Attempt:
 
     def convert(self) -> Report:
         """Through Python."""
-        settings = Recipe.load("balanced", OVERRIDES | self.overrides)
+        settings = Recipe.load(self.recipe, OVERRIDES | self.overrides)
         arguments = {"verify_tokens": VERIFY_TOKENS} | self.options
         with self.around():
             return fptq_onnx.convert(self.model, self.target, recipe=settings, **arguments)
 
     def command(self) -> list[str]:
         """The same for the shell, without the program's name."""
-        words = ["convert", str(self.model), "--output", str(self.target), "--recipe", "balanced"]
+        words = ["convert", str(self.model), "--output", str(self.target), "--recipe", str(self.recipe)]
         for name, value in (OVERRIDES | self.overrides).items():
             words += ["--set", f"{name}={value}"]
         for name, value in ({"verify_tokens": VERIFY_TOKENS} | self.options).items():

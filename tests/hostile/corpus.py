@@ -20,8 +20,9 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 from case import Case, every_case, snapshot
 
 from fptq_onnx.errors import FptqError
+from fptq_onnx.report import Report
 
-__all__ = ["README", "table"]
+__all__ = ["README", "outcome", "table"]
 
 README = Path(__file__).with_name("README.md")
 _BEGIN, _END = "<!-- table: hostile input -->\n", "<!-- end of table -->\n"
@@ -44,8 +45,13 @@ def happened(tried: Case) -> str:
             return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
         if not before.items() <= snapshot(folder).items():
             raise AssertionError(f"{tried.name}: the input changed")
-        quantized = sum(layer.scheme != "float" for layer in report.layers)
-        return f"converted, {quantized} of {len(report.layers)} layers quantized"
+        return outcome(report)
+
+
+def outcome(report: Report) -> str:
+    """What the table says of a model that was converted."""
+    quantized = sum(layer.scheme != "float" for layer in report.layers)
+    return f"converted, {quantized} of {len(report.layers)} layers quantized"
 
 
 def table(cases: list[Case]) -> str:

@@ -14,6 +14,9 @@ import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 
+import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
 from fptq_onnx.errors import ModelError
 
 
@@ -32,6 +35,8 @@ class Staging:
     def publish(self) -> None:
         """Move all files to their places, the output file last: it never lies beside companions of another.
 
+        The external data of a model that is replaced go with it where they would be nobody's, see `_data_of`.
+
         Raises:
             ModelError: A place is taken by a folder.
         """
@@ -40,11 +45,14 @@ class Staging:
             for companion in companions:
                 if (self._target.parent / companion.name).is_dir():
                     raise IsADirectoryError(0, f"{companion.name} is a folder")
+            left = _data_of(self._target) - {companion.name for companion in companions}
             if companions:
                 self._target.unlink(missing_ok=True)
             for companion in companions:
                 os.replace(companion, self._target.parent / companion.name)
             os.replace(self.path, self._target)
+            for name in left:
+                (self._target.parent / name).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -126,6 +134,22 @@ def _is_same(path: pathlib.Path, other: pathlib.Path) -> bool:
         return path.samefile(other)
     except OSError:  # one does not exist
         return False
+
+
+def _data_of(target: pathlib.Path) -> set[str]:
+    """Name of the external data that `save_model` wrote for the model at `target`: it names them, and lies beside them.
+
+    Empty for links, for files that are no model, and for data of any other name, which other models may share.
+    """
+    data = target.with_name(f"{target.name}.data")
+    if target.is_symlink() or not target.is_file() or data.is_symlink() or not data.is_file():
+        return set()
+    try:
+        tensors = onnx.load(str(target), format="protobuf", load_external_data=False).graph.initializer
+    except (OSError, DecodeError, RuntimeError, ValueError):
+        return set()
+    named = {entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"}
+    return named & {data.name}
 
 
 def _remove_if_left(folder: pathlib.Path) -> None:

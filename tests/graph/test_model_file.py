@@ -140,7 +140,7 @@ def test_flipped_bytes_never_escape_as_another_error(tmp_path: Path) -> None:
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
-    assert "No such file" in str(_refused(tmp_path / "absent.onnx"))
+    assert "there is no such file" in str(_refused(tmp_path / "absent.onnx"))
     with pytest.raises(ModelError, match="not a regular file"):
         load_model(tmp_path)
 
@@ -353,6 +353,30 @@ def test_saving_over_an_older_output_replaces_it(tmp_path: Path) -> None:
     (tmp_path / "out.onnx.data").write_bytes(b"old")
     save_model(load_model(path), tmp_path / "out.onnx")
     assert load_model(tmp_path / "out.onnx").graph.initializers["w"].shape == WEIGHT.shape
+
+
+@pytest.mark.parametrize(
+    ("replaced", "goes"),
+    [("a model that names them", True), ("a model that names others", False), ("no model", False), ("a link", False)],
+)
+def test_data_of_a_replaced_model_go_only_where_they_are_its_own(tmp_path: Path, replaced: str, goes: bool) -> None:
+    small = load_model(_write(tmp_path / "small.onnx", _proto()))
+    out, data = tmp_path / "out.onnx", tmp_path / "out.onnx.data"
+    old = _write(tmp_path / "old.onnx" if replaced == "a link" else out, _proto(), external=True)
+    if replaced == "a link":
+        out.symlink_to(old)
+        data.write_bytes(b"whose?")
+    elif replaced == "no model":
+        out.write_bytes(b"text")
+    elif replaced == "a model that names others":
+        proto = onnx.load(out, load_external_data=False)
+        _set(proto, "location", "weights.bin")
+        out.write_bytes(proto.SerializeToString())
+        (tmp_path / "weights.bin").write_bytes(data.read_bytes())
+    before = set(_listing(tmp_path))
+    save_model(small, out)
+    assert load_model(out).graph.initializers["w"].const_value is not None
+    assert before - set(_listing(tmp_path)) == ({data.name} if goes else set())
 
 
 @pytest.mark.parametrize("external", [False, True])

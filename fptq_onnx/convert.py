@@ -35,6 +35,7 @@ from fptq_onnx.resources import Budget, estimate
 from fptq_onnx.rewriting import PASSES, Format, rewrite
 from fptq_onnx.runtime import PROVIDERS, Provider, check_provider
 from fptq_onnx.storage.fingerprint import file_fingerprint
+from fptq_onnx.storage.next_round import keep_next_plan, next_plan
 from fptq_onnx.storage.workspace import workspace
 from fptq_onnx.verification import Comparison
 
@@ -171,111 +172,132 @@ def convert(
             "the versions": json.dumps(versions(), sort_keys=True),
         }
 
-    with workspace(work_dir, target, fingerprint, wanted=on_disk) as data.work:
-        with watch.stage("calibrate"):
-            groups = observed_groups(graph.groups, settings, edited)
-            places = {str(group.activation.name): segments.of(group.layers[0]) for group in groups}
-            statistics = data.observe(graph.model, segments, places)
-        with watch.stage("plan"):
-            decisions = decide_groups(groups, statistics, settings, edited, data.samples)
-            made = make_plan(graph.linears.layers, decisions, settings)
-            if edited is not None:
-                made = dataclasses.replace(edited, recipe=made.recipe)
-            errors = step_errors(decisions, data.samples, settings) if settings.fallback != FallbackRecipe() else {}
-            if edited is None:
-                made = keep_float(made, errors, settings.fallback.float_layers)
-            entries = {entry.name: entry for entry in made.layers}
-            report = start_report(
-                source,
-                None if dry_run else target,
-                output_format,
-                graph.model,
-                graph.linears,
-                entries,
-                rotation,
-                settings,
-                data.opened,
-                segments.description,
-            )
-        if not any(entry.is_quantized for entry in made.layers):
-            raise NothingQuantizedError(str(source), why_nothing(made), "Change include and exclude, or the plan")
-        if dry_run:
-            write_text(target.with_suffix(".plan.json"), made.to_json())
-            return _finish(report, watch, progress)
-
-        with watch.stage("equalize"):
-            applied = equalize(graph.model, decisions)
-            equalized = graph.model.clone()
-            # Equalization may have put nodes where the segments meet.
-            segments = find_segments(graph.model, find_linears(graph.model))
-        with watch.stage("quantize"):
-            quantized = quantize_layers(
-                graph.model, segments, decisions, entries, statistics, applied, settings, data, progress
-            )
-            int8_embedding = settings.layers.embedding == "int8"
-            report.embedding = rewrite(
-                graph.model, quantized.layers, output_format, int8_embedding=int8_embedding, fuse=fuse
-            )
-            graph.model.metadata_props[RECIPE_KEY] = json.dumps(settings.resolved())
-            complete_layers(report, graph.model, applied, quantized.methods, decisions)
-            report.segment_seconds = data.seconds
-        with staged(target) as staging:
-            with watch.stage("save"):
-                report.bytes_after = stored_bytes(graph.model)
-                save_model(graph.model, staging.path)
-            if verify_tokens:
-                data.stop_if_asked("saving the model, before its verification")
-                with watch.stage("verify"):
-                    check = Comparison(
-                        source,
-                        equalized,
-                        staging.path,
-                        data.sample(verify_tokens),
-                        data=report.calibration,
-                        max_kl=limit,
-                        provider=provider,
-                        threads=threads,
-                        by_blocks=expected.by_blocks(budget),
-                        progress=progress,
-                        stop=data.stop_if_asked,
-                    )
-                    report.verification, noise = check.run()
-                    for layer in report.layers:
-                        layer.snr_db = noise.get(layer.name)
-            write_text(staging.path.with_suffix(".json"), _finish(report, watch, progress).to_json())
-            staging.publish()
-    if report.verification is not None and not report.verification.passed:
-        kl_mean = report.verification.kl_mean
-        if kl_mean is not None and limit is not None and settings.fallback.rounds:
-            logger.warning("mean KL %.4f is over %g: converting again with layers fallen back", kl_mean, limit)
-            return convert(
-                source,
-                target,
-                calibration=calibration if isinstance(calibration, _PATH) or calibration is None else list(data.opened),
-                tokenizer=tokenizer,
-                recipe=settings.with_overrides({"fallback.rounds": settings.fallback.rounds - 1}),
-                output_format=output_format,
-                plan=fall_back(made, errors, _FALLBACK_MARGIN * limit / kl_mean),
-                fuse=fuse,
-                verify_tokens=verify_tokens,
-                max_kl=limit,
-                provider=provider,
-                threads=threads,
-                max_memory=max_memory,
-                # The first round's is done with; this round's has to be found again by the same command.
-                work_dir=None if work_dir is None else f"{os.fspath(work_dir)}.fall-back-{settings.fallback.rounds}",
-                stop=stop,
-                progress=progress,
-            )
-        raise VerificationError(
-            str(target),
-            f"there are no logits whose KL could be held against max_kl {limit}"
-            if kl_mean is None
-            else f"mean KL {kl_mean:.4f} is over the allowed {limit}",
-            "Keep more layers float, use a more accurate recipe, or raise --max-kl",
-            report,
+    def again(changed: Plan) -> Report:
+        return convert(
+            source,
+            target,
+            calibration=calibration if isinstance(calibration, _PATH) or calibration is None else list(data.opened),
+            tokenizer=tokenizer,
+            recipe=settings.with_overrides({"fallback.rounds": settings.fallback.rounds - 1}),
+            output_format=output_format,
+            plan=changed,
+            fuse=fuse,
+            verify_tokens=verify_tokens,
+            max_kl=limit,
+            provider=provider,
+            threads=threads,
+            max_memory=max_memory,
+            work_dir=None if work_dir is None else f"{os.fspath(work_dir)}.fall-back-{settings.fallback.rounds}",
+            stop=stop,
+            progress=progress,
         )
+
+    missed: VerificationError | None = None
+    with workspace(work_dir, target, fingerprint, wanted=on_disk) as data.work:
+        # What the next round's plan was made for: a call that asks for something else makes its own.
+        wish = {"max_kl": limit, "verify_tokens": verify_tokens}
+        changed = None if dry_run else next_plan(data.work, wish)
+        if changed is None:
+            with watch.stage("calibrate"):
+                groups = observed_groups(graph.groups, settings, edited)
+                places = {str(group.activation.name): segments.of(group.layers[0]) for group in groups}
+                statistics = data.observe(graph.model, segments, places)
+            with watch.stage("plan"):
+                decisions = decide_groups(groups, statistics, settings, edited, data.samples)
+                made = make_plan(graph.linears.layers, decisions, settings)
+                if edited is not None:
+                    made = dataclasses.replace(edited, recipe=made.recipe)
+                errors = step_errors(decisions, data.samples, settings) if settings.fallback != FallbackRecipe() else {}
+                if edited is None:
+                    made = keep_float(made, errors, settings.fallback.float_layers)
+                entries = {entry.name: entry for entry in made.layers}
+                report = start_report(
+                    source,
+                    None if dry_run else target,
+                    output_format,
+                    graph.model,
+                    graph.linears,
+                    entries,
+                    rotation,
+                    settings,
+                    data.opened,
+                    segments.description,
+                )
+            if not any(entry.is_quantized for entry in made.layers):
+                raise NothingQuantizedError(str(source), why_nothing(made), "Change include and exclude, or the plan")
+            if dry_run:
+                write_text(target.with_suffix(".plan.json"), made.to_json())
+                return _finish(report, watch, progress)
+
+            with watch.stage("equalize"):
+                applied = equalize(graph.model, decisions)
+                equalized = graph.model.clone()
+                # Equalization may have put nodes where the segments meet.
+                segments = find_segments(graph.model, find_linears(graph.model))
+            with watch.stage("quantize"):
+                quantized = quantize_layers(
+                    graph.model, segments, decisions, entries, statistics, applied, settings, data, progress
+                )
+                int8_embedding = settings.layers.embedding == "int8"
+                report.embedding = rewrite(
+                    graph.model, quantized.layers, output_format, int8_embedding=int8_embedding, fuse=fuse
+                )
+                graph.model.metadata_props[RECIPE_KEY] = json.dumps(settings.resolved())
+                complete_layers(report, graph.model, applied, quantized.methods, decisions)
+                report.segment_seconds = data.seconds
+            with staged(target) as staging:
+                with watch.stage("save"):
+                    report.bytes_after = stored_bytes(graph.model)
+                    save_model(graph.model, staging.path)
+                if verify_tokens:
+                    data.stop_if_asked("saving the model, before its verification")
+                    with watch.stage("verify"):
+                        check = Comparison(
+                            source,
+                            equalized,
+                            staging.path,
+                            data.sample(verify_tokens),
+                            data=report.calibration,
+                            max_kl=limit,
+                            provider=provider,
+                            threads=threads,
+                            by_blocks=expected.by_blocks(budget),
+                            progress=progress,
+                            stop=data.stop_if_asked,
+                        )
+                        report.verification, noise = check.run()
+                        for layer in report.layers:
+                            layer.snr_db = noise.get(layer.name)
+                write_text(staging.path.with_suffix(".json"), _finish(report, watch, progress).to_json())
+                staging.publish()
+            kl_mean = None if report.verification is None else report.verification.kl_mean
+            if report.verification is not None and not report.verification.passed:
+                if kl_mean is not None and limit is not None and settings.fallback.rounds:
+                    logger.warning("mean KL %.4f is over %g: converting again with layers fallen back", kl_mean, limit)
+                    changed = fall_back(made, errors, _FALLBACK_MARGIN * limit / kl_mean)
+                    keep_next_plan(data.work, changed, wish)
+                else:
+                    missed = _too_far(target, report, limit)
+        if changed is not None:
+            try:
+                report = again(changed)
+            except VerificationError as error:  # the work is done all the same
+                missed = error
+    if missed is not None:
+        raise missed
     return report
+
+
+def _too_far(target: Path, report: Report, limit: float | None) -> VerificationError:
+    kl_mean = None if report.verification is None else report.verification.kl_mean
+    return VerificationError(
+        str(target),
+        f"there are no logits whose KL could be held against max_kl {limit}"
+        if kl_mean is None
+        else f"mean KL {kl_mean:.4f} is over the allowed {limit}",
+        "Keep more layers float, use a more accurate recipe, or raise --max-kl",
+        report,
+    )
 
 
 def _check_request(

@@ -640,7 +640,7 @@ def test_missing_folder(tmp_path: Path, dry_run: bool) -> None:
 
 def test_bad_inputs(tmp_path: Path) -> None:
     (tmp_path / "broken.onnx").write_bytes(b"not a model")
-    for model, message in ((tmp_path / "missing.onnx", "No such file"), (tmp_path / "broken.onnx", "protobuf")):
+    for model, message in ((tmp_path / "missing.onnx", "no such file"), (tmp_path / "broken.onnx", "protobuf")):
         with pytest.raises(FptqError, match=message):
             _convert(tmp_path / "out.onnx", model=model)
     with pytest.raises(RecipeError, match="there is no such recipe"):

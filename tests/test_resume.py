@@ -15,7 +15,7 @@ from typing import Any
 
 import families
 import pytest
-from conversions import LENGTH
+from conversions import LENGTH, converted, recipe
 
 import fptq_onnx
 from fptq_onnx.errors import ModelError, StoppedError, WorkDirError
@@ -100,7 +100,7 @@ def _digests_of_files(folder: Path) -> dict[str, str]:
 
 def test_default_recipe_stopped_once_in_each_stage(tmp_path: Path) -> None:
     """Rotations, samples of activations, an int8 head: all of it is found again."""
-    recipe = Recipe.load("balanced", {key: value for key, value in OVERRIDES.items() if "static" not in key})
+    settings = Recipe.load("balanced", {key: value for key, value in OVERRIDES.items() if "static" not in key})
     for name, moments in (("a", ()), ("b", (3, 8))):
         (tmp_path / name).mkdir()
         asked = 0
@@ -113,11 +113,36 @@ def test_default_recipe_stopped_once_in_each_stage(tmp_path: Path) -> None:
         stops = 0
         for _ in range(len(moments) + 1):
             try:
-                _convert(tmp_path / name, recipe=recipe, work_dir=tmp_path / name / "work", stop=stop)
+                _convert(tmp_path / name, recipe=settings, work_dir=tmp_path / name / "work", stop=stop)
             except StoppedError:
                 stops += 1
         assert stops == len(moments)
     assert _digests(tmp_path / "a") == _digests(tmp_path / "b")
+
+
+def test_a_stop_in_a_fall_back_round_does_not_repeat_the_last(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    usual = converted("llama", families.DYNAMO).report.verification
+    assert usual is not None and usual.kl_mean is not None
+    options = {"recipe": recipe(fallback__rounds=4), "verify_tokens": 2 * LENGTH, "max_kl": usual.kl_mean / 3}
+    rounds = {}
+
+    def run(name: str, **more: Any) -> None:
+        (tmp_path / name.split()[0]).mkdir(exist_ok=True)
+        caplog.clear()
+        try:
+            _convert(tmp_path / name.split()[0], work_dir=tmp_path / name.split()[0] / "work", **options, **more)
+        finally:
+            rounds[name] = sum("converting again" in record.message for record in caplog.records)
+
+    run("undisturbed")
+    second = tmp_path / "stopped" / "work.fall-back-4"
+    with pytest.raises(StoppedError):
+        run("stopped", stop=second.exists)
+    assert [path.name for path in second.with_name("work").glob("*.safetensors")] == ["fall-back.safetensors"]
+    run("stopped again")
+    assert rounds["stopped"] == 1
+    assert rounds["stopped again"] == rounds["undisturbed"] - 1
+    assert _digests(tmp_path / "stopped") == _digests(tmp_path / "undisturbed")
 
 
 def test_killed_at_any_moment(tmp_path: Path, undisturbed: dict[str, str]) -> None:

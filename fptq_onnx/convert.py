@@ -238,9 +238,13 @@ def convert(
                 quantized = quantize_layers(
                     graph.model, segments, decisions, entries, statistics, applied, settings, data, progress
                 )
-                int8_embedding = settings.layers.embedding == "int8"
                 report.embedding = rewrite(
-                    graph.model, quantized.layers, output_format, int8_embedding=int8_embedding, fuse=fuse
+                    graph.model,
+                    quantized.layers,
+                    output_format,
+                    embedding=settings.layers.embedding,
+                    group_size=settings.weights.group_size,
+                    fuse=fuse,
                 )
                 graph.model.metadata_props[RECIPE_KEY] = json.dumps(settings.resolved())
                 complete_layers(report, graph.model, applied, quantized.methods, decisions)

@@ -224,6 +224,8 @@ def show(report: Report, console: Console) -> None:
     console.print(
         f"{len(report.layers)} linear layers: {counts}; {len(report.skipped)} other MatMul/Gemm nodes left alone"
     )
+    if report.embedding != "float":
+        console.print(f"embedding: {escape(report.embedding)}")
     if report.bytes_after is not None:
         ratio = report.bytes_after / report.bytes_before
         console.print(f"{report.bytes_before / 1e6:.1f} MB -> {report.bytes_after / 1e6:.1f} MB ({ratio:.0%})")

@@ -12,7 +12,7 @@ from fptq_onnx.passes.add_functions import AddFunctionsPass
 from fptq_onnx.passes.fuse_attention import FuseAttentionPass
 from fptq_onnx.passes.fuse_quantize import FuseQuantizePass
 from fptq_onnx.passes.inline_functions import InlineFunctionsPass
-from fptq_onnx.passes.quantize_embedding import QuantizeEmbeddingPass
+from fptq_onnx.passes.quantize_embedding import QuantizeEmbeddingPass, find_tied_heads
 from fptq_onnx.passes.replace_linears import LayerQuantization, ReplaceLinearsPass
 from fptq_onnx.passes.to_matmulnbits import ToMatMulNBitsPass
 from fptq_onnx.passes.to_qdq import ToQdqPass
@@ -34,7 +34,8 @@ def rewrite(
     quantization: Mapping[str, LayerQuantization],
     output_format: Format,
     *,
-    int8_embedding: bool,
+    embedding: Literal["float", "int8", "int4"] = "float",
+    group_size: int | Literal["channel"] = 128,
     fuse: bool = False,
 ) -> str:
     """Replace the linear layers and, if asked to, the embedding table, in place.
@@ -43,12 +44,15 @@ def rewrite(
         model: The equalized float model.
         quantization: What was decided, by node name.
         output_format: See `convert`.
-        int8_embedding: Quantize the table that token ids are looked up in.
+        embedding: How the table that token ids are looked up in is stored.
+        group_size: Channels per scale of an int4 table that is not the head's.
         fuse: Put norms and SiLU into one op with the quantization behind them, and float32 attention into ours.
 
     Returns:
         What became of the embedding table, for the report.
     """
+    # A head that shares the table is known by its float weights, and found again by its name.
+    heads = find_tied_heads(model) if embedding != "float" else {}
     PASSES[output_format](quantization)(model)
     if fuse:
         FuseQuantizePass()(model)
@@ -57,9 +61,10 @@ def rewrite(
     if output_format == "qdq":
         InlineFunctionsPass()(model)
     onnx_ir.passes.common.RemoveUnusedNodesPass()(model)
-    if not int8_embedding:
+    if embedding == "float":
         return "float"
-    embedding = QuantizeEmbeddingPass()
-    embedding(model)
+    standard = output_format == "qdq"
+    table = QuantizeEmbeddingPass(embedding, group_size=group_size, standard=standard, heads=heads)
+    table(model)
     onnx_ir.passes.common.RemoveUnusedNodesPass()(model)
-    return embedding.outcome
+    return table.outcome

@@ -27,6 +27,8 @@ class Row:
 
 
 _INT8_TABLE = {"layers.lm_head": "int8", "layers.embedding": "int8"}
+_INT4_TABLE = {"layers.lm_head": "int4", "layers.embedding": "int4"}
+_INT4_EMBEDDING = {"layers.embedding": "int4"}
 _FLOAT_TABLE = {"layers.lm_head": "float", "layers.embedding": "float"}
 
 # Each step keeps the changes of the steps above it.
@@ -76,6 +78,8 @@ _WITHOUT: tuple[Row, ...] = (
     _instead("heads-only", "GPTQ, rotation of the heads alone", {"rotation.residual": False}),
     _instead("natural-order", "GPTQ in natural order", {"weights.order": "natural"}),
     _instead("no-token-cap", "GPTQ, attention sinks not capped", {"weights.token_cap": 0}),
+    _instead("bare-no-cap", "GPTQ without rotation, sinks not capped", _NO_ROTATION | {"weights.token_cap": 0}),
+    Row("balanced-no-cap", "balanced, sinks not capped", "paper", _BALANCED | {"weights.token_cap": 0}),
     _instead("float-weights", "activations only, no GPTQ", {"weights.format": "float"} | _FLOAT_TABLE),
 )
 _TABLE_ALONE = Row(
@@ -84,9 +88,20 @@ _TABLE_ALONE = Row(
     "paper",
     _INT8_TABLE | {"layers.include": ["lm_head"]},
 )
+# The table in four bits: with the head, beside an int8 head, and what either costs by itself.
+_INT4_ROWS: tuple[Row, ...] = (
+    Row("int4-embedding", "balanced, int4 embedding beside the int8 head", "paper", _BALANCED | _INT4_EMBEDDING),
+    Row("int4-table", "balanced, int4 head and embedding, one table", "paper", _BALANCED | _INT4_TABLE),
+    Row(
+        "int4-embedding-alone",
+        "int4 embedding and int8 head alone, all else float",
+        "paper",
+        _INT8_TABLE | _INT4_EMBEDDING | {"layers.include": ["lm_head"]},
+    ),
+)
 _SEARCHED = _instead("search", "GPTQ, equalizer searched from 15 to 150", _SEARCH | {"activations.v1": 150})
 
-LANGUAGE_ROWS: tuple[Row, ...] = (*_chain(), _ACCURATE, *_WITHOUT, _TABLE_ALONE, _SEARCHED)
+LANGUAGE_ROWS: tuple[Row, ...] = (*_chain(), _ACCURATE, *_WITHOUT, _TABLE_ALONE, *_INT4_ROWS, _SEARCHED)
 
 ENCODER_ROWS: tuple[Row, ...] = (
     *_chain(),
@@ -108,5 +123,6 @@ RECIPE_ROWS: tuple[Row, ...] = (
     Row("balanced", "balanced", "balanced", {}),
     Row("balanced-activations", "balanced, activations only", "balanced", {"weights.format": "float"} | _FLOAT_TABLE),
     Row("balanced-no-rotation", "balanced without rotation", "balanced", _NO_ROTATION),
+    Row("balanced-no-token-cap", "balanced, attention sinks not capped", "balanced", {"weights.token_cap": 0}),
     Row("accurate", "accurate", "accurate", {}),
 )

@@ -204,7 +204,7 @@ class Subject:
         return next(segment for segment in self.chain.segments if name in segment.layers)
 
     def _patch(self, model: ir.Model, names: frozenset[str]) -> None:
-        rewrite(model, {name: self.quantization[name] for name in names}, "custom", int8_embedding=False)
+        rewrite(model, {name: self.quantization[name] for name in names}, "custom")
 
 
 @contextmanager

@@ -91,13 +91,16 @@ def _is_group_query_attention(node: ir.Node) -> bool:
 def _tables(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Value, int, int]]:
     """Each lookup in a constant matrix: the node, the value that its ids come from, the table's entries and width.
 
-    Entries are rows, or columns of an int8 table that is shared with the vocabulary head.
+    Entries are rows, or columns of a table that is shared with the vocabulary head; MatMulNBits keeps rows in groups of
+    bytes with two values each.
     """
     for node in graph:
         axis = node.attributes.get_int("gather_axis", node.attributes.get_int("axis", 0))
         if node.op_type not in _LOOKUPS or axis not in (0, 1) or node.inputs[1] is None:
             continue
         shape = _constant_shape(node.inputs[0])
+        if shape is not None and len(shape) == 3 and node.op_type == "GatherBlockQuantized":
+            shape = (shape[0], 2 * shape[1] * shape[2])
         if shape is not None and len(shape) == 2:
             yield node, _id_source(node.inputs[1]), shape[axis], shape[1 - axis]
 

@@ -184,9 +184,11 @@ class LayersRecipe(Section):
     """The output projection: float as FPTQ leaves it, int8 with a scale per token of the vocabulary, or int4 like the
     other layers."""
 
-    embedding: Literal["float", "int8"] = "float"
-    """The table that token ids are looked up in. With an int8 head of the same (tied) weights the file holds one int8
-    table for both."""
+    embedding: Literal["float", "int8", "int4"] = "float"
+    """The table that token ids are looked up in: float, int8 with a scale per token, or int4 in groups of
+    `weights.group_size` along the hidden axis, clipped for least squared error (llama.cpp and onnxruntime-genai's
+    builder offer both for embeddings). With a head of the same (tied) weights and the same choice the file holds one
+    table for both, quantized for the head."""
 
     @field_validator("include", "exclude")
     @classmethod

@@ -203,7 +203,7 @@ def convert(
                 places = {str(group.activation.name): segments.of(group.layers[0]) for group in groups}
                 statistics = data.observe(graph.model, segments, places)
             with watch.stage("plan"):
-                decisions = decide_groups(groups, statistics, settings, edited, data.samples)
+                decisions = decide_groups(groups, statistics, settings, edited, data.samples, graph.linears)
                 made = make_plan(graph.linears.layers, decisions, settings)
                 if edited is not None:
                     made = dataclasses.replace(edited, recipe=made.recipe)

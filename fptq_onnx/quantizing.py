@@ -21,7 +21,7 @@ from fptq_onnx.calibration.walk import Walk, weights_in_memory
 from fptq_onnx.errors import ModelError
 from fptq_onnx.graph.linears import LinearLayer
 from fptq_onnx.graph.segments import Segment, Segmentation
-from fptq_onnx.passes.apply_equalization import AppliedScale, ApplyEqualizationPass
+from fptq_onnx.passes.apply_equalization import AppliedEqualization, ApplyEqualizationPass
 from fptq_onnx.passes.replace_linears import (
     ActivationQuantizer,
     LayerQuantization,
@@ -75,37 +75,38 @@ def rotate(model: ir.Model, settings: Recipe) -> dict[str, str]:
     return outcome
 
 
-def equalize(model: ir.Model, decisions: Sequence[GroupDecision]) -> dict[str, AppliedScale]:
-    """Apply the equalization scales of `decisions` to the float model in place; what went where, by activation."""
+def equalize(model: ir.Model, decisions: Sequence[GroupDecision]) -> dict[str, AppliedEqualization]:
+    """Apply the shifts and scales of `decisions` to the float model in place; what went where, by activation."""
     scales = {d.name: d.decision.equalization_scale for d in decisions if d.decision.equalization_scale is not None}
-    equalization = ApplyEqualizationPass(scales)
+    shifts = {d.name: d.decision.shift for d in decisions if d.decision.shift is not None}
+    equalization = ApplyEqualizationPass(scales, shifts)
     equalization(model)
     return equalization.applied
 
 
-def _divided(
-    statistics: Mapping[str, ActivationStatistics], applied: Mapping[str, AppliedScale]
+def _changed(
+    statistics: Mapping[str, ActivationStatistics], applied: Mapping[str, AppliedEqualization]
 ) -> dict[str, ActivationStatistics]:
-    """Statistics of X / s by the name of X; the extremes exact from those of X, histogram and tokens those of X."""
-    divided = {
+    """Statistics of (X - z) / s by the name of X; the extremes follow from those of X, histogram and tokens are X's."""
+    changed = {
         name: dataclasses.replace(
             statistics[name],
-            channel_min=statistics[name].channel_min / scale.scale,
-            channel_max=statistics[name].channel_max / scale.scale,
+            channel_min=change.smooth(statistics[name].channel_min),
+            channel_max=change.smooth(statistics[name].channel_max),
         )
-        for name, scale in applied.items()
+        for name, change in applied.items()
     }
-    return {**statistics, **divided}
+    return {**statistics, **changed}
 
 
 def _bounds(
     decided: GroupDecision, seen: ActivationStatistics, sample: npt.NDArray[np.float32] | None, settings: Recipe
 ) -> tuple[float, float]:
-    """Static range of an activation X / s.
+    """Static range of what is quantized of an activation X.
 
     Args:
         decided: The activation and its layers, whose weights are still float.
-        seen: Statistics of X / s.
+        seen: Statistics of (X - z) / s.
         sample: Tokens of X.
         settings: The recipe.
     """
@@ -117,9 +118,8 @@ def _bounds(
     candidates: dict[str, tuple[float, float]] = {
         method: static_bounds(low, high, seen.histogram, method) for method in _SEARCHED_RANGES
     }
-    scale = decided.decision.equalization_scale
     best = search_range(
-        sample if scale is None else sample / scale,
+        decided.decision.smooth(sample),
         (layer.weight_array() for layer in decided.group.layers),
         candidates,
         symmetric=choice.symmetric,
@@ -146,11 +146,13 @@ def _float_dtype(layer: LinearLayer) -> npt.DTypeLike:
     return numpy_dtype
 
 
-def _typical(statistics: Mapping[str, ActivationStatistics], applied: Mapping[str, AppliedScale]) -> dict[str, float]:
+def _typical(
+    statistics: Mapping[str, ActivationStatistics], applied: Mapping[str, AppliedEqualization]
+) -> dict[str, float]:
     """Largest magnitude of the median token by activation name, infinity for equalized ones, which need no limits."""
+    even = {name for name, change in applied.items() if change.scale is not None}
     return {
-        name: math.inf if name in applied else float(np.median(found.token_absmax))
-        for name, found in statistics.items()
+        name: math.inf if name in even else float(np.median(found.token_absmax)) for name, found in statistics.items()
     }
 
 
@@ -210,7 +212,7 @@ def quantize_layers(
     decisions: Sequence[GroupDecision],
     entries: Mapping[str, LayerPlan],
     statistics: Mapping[str, ActivationStatistics],
-    applied: Mapping[str, AppliedScale],
+    applied: Mapping[str, AppliedEqualization],
     settings: Recipe,
     calibration: Calibration,
     progress: Progress,
@@ -241,7 +243,7 @@ def quantize_layers(
         by_segment[segments.of(decided.group.layers[0])].append(decided)
     last = max((index for index, decided in by_segment.items() if work.needs_data(decided)), default=-1)
     walk = calibration.walk(model, segments, "weights", last)
-    seen = _divided(statistics, applied)
+    seen = _changed(statistics, applied)
     methods: dict[str, tuple[str, str]] = {}
     shifts: dict[str, npt.NDArray[Any]] = {}
     stored = StoredWeights(calibration.work)
@@ -287,7 +289,7 @@ class _SegmentWork:
         self,
         entries: Mapping[str, LayerPlan],
         statistics: Mapping[str, ActivationStatistics],
-        applied: Mapping[str, AppliedScale],
+        applied: Mapping[str, AppliedEqualization],
         settings: Recipe,
         calibration: Calibration,
         reuse: ReuseWeight,
@@ -372,7 +374,7 @@ class _SegmentWork:
         return self._applied[decided.name].activation if decided.name in self._applied else decided.name
 
     def _needs_range(self, decided: GroupDecision) -> bool:
-        """The extremes of X / s follow from those of X; a clip range needs the histogram of X / s."""
+        """The extremes of (X - z) / s follow from those of X; a clip range needs its histogram."""
         return decided.name in self._applied and self._settings.activations.static_range != "absmax"
 
     def _needs_moments(self, decided: GroupDecision) -> bool:

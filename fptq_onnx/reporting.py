@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from fptq_onnx.calibration.data import CalibrationData
 from fptq_onnx.graph.linears import LinearLayer, LinearSearch
-from fptq_onnx.passes.apply_equalization import AppliedScale
+from fptq_onnx.passes.apply_equalization import AppliedEqualization
 from fptq_onnx.planning import GroupDecision
 from fptq_onnx.quantization.plan import LayerPlan, Plan
 from fptq_onnx.recipe import Recipe
@@ -87,7 +87,7 @@ def _layer_report(layer: LinearLayer, entry: LayerPlan) -> LayerReport:
 def complete_layers(
     report: Report,
     model: ir.Model,
-    applied: Mapping[str, AppliedScale],
+    applied: Mapping[str, AppliedEqualization],
     methods: Mapping[str, tuple[str, str]],
     decisions: Sequence[GroupDecision],
 ) -> None:

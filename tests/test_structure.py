@@ -29,7 +29,7 @@ ALLOWED = {
     "storage": {"errors", "quantization"},
     "calibration": {"errors", "progress", "graph", "quantization", "recipe", "storage"},
     "passes": {"errors", "graph", "quantization", "ops"},
-    "planning": {"graph", "quantization", "recipe"},
+    "planning": {"errors", "graph", "quantization", "recipe"},
     "quantizing": {
         "errors",
         "progress",

@@ -101,15 +101,37 @@ _INT4_ROWS: tuple[Row, ...] = (
 )
 _SEARCHED = _instead("search", "GPTQ, equalizer searched from 15 to 150", _SEARCH | {"activations.v1": 150})
 
-LANGUAGE_ROWS: tuple[Row, ...] = (*_chain(), _ACCURATE, *_WITHOUT, _TABLE_ALONE, *_INT4_ROWS, _SEARCHED)
+_SHIFT = {"equalization.shift": True}
+_EVERYWHERE = _SEARCH | {"activations.v0": 0, "activations.v1": 1e9}
+_CORRECTION = {"weights.bias_correction": True}
+_CORRECTED = _instead("bias-correction", "GPTQ, bias correction", _CORRECTION)
+_SEARCHED_ALL = _instead("search-all", "GPTQ, equalizer searched for all", _EVERYWHERE)
+# Shifted activations: alone, where biases make up for rounding anyhow, and as further candidates of the search.
+_SHIFTED: tuple[Row, ...] = (
+    _instead("shift", "GPTQ, shifted where that is free", _SHIFT),
+    _instead("shift-correction", "GPTQ, bias correction, shifted where that is free", _CORRECTION | _SHIFT),
+    _instead("shift-search", "GPTQ, equalizer searched for all, shifted ones too", _EVERYWHERE | _SHIFT),
+)
+_SHIFTED_ACTIVATIONS = _instead(
+    "shift-float-weights",
+    "activations only, shifted where that is free",
+    {"weights.format": "float"} | _FLOAT_TABLE | _SHIFT,
+)
+
+LANGUAGE_ROWS: tuple[Row, ...] = (
+    *(*_chain(), _ACCURATE, *_WITHOUT, _TABLE_ALONE, *_INT4_ROWS, _SEARCHED),
+    *(_CORRECTED, _SEARCHED_ALL, *_SHIFTED, _SHIFTED_ACTIVATIONS),
+    Row("shift-accurate", "accurate, shifted where that is free", "paper", _ACCURATE.changes | _SHIFT),
+)
 
 ENCODER_ROWS: tuple[Row, ...] = (
     *_chain(),
     _ACCURATE,
     _instead("mse-range", "GPTQ, static ranges of least squared error", {"activations.static_range": "mse"}),
     _SEARCHED,
-    _instead("search-all", "GPTQ, equalizer searched for all", _SEARCH | {"activations.v0": 0, "activations.v1": 1e9}),
-    _instead("bias-correction", "GPTQ, bias correction", {"weights.bias_correction": True}),
+    _SEARCHED_ALL,
+    _CORRECTED,
+    *_SHIFTED,
     _instead("asymmetric", "GPTQ, asymmetric static activations", {"activations.symmetric": False}),
 )
 

@@ -109,7 +109,10 @@ class Planned:
     @property
     def signature(self) -> tuple[tuple[str, str], ...]:
         """Scheme and equalization of every layer: two threshold pairs with one signature are one model."""
-        return tuple((str(layer.scheme), layer.equalization) for layer in self.plan.layers)
+        return tuple(
+            (str(layer.scheme), f"{layer.equalization}{' shifted' if layer.shift else ''}")
+            for layer in self.plan.layers
+        )
 
 
 def plan_model(model: ir.Model, recipe: Recipe, calibration: StoredCalibration, context: tuple[object, ...]) -> Planned:
@@ -120,7 +123,7 @@ def plan_model(model: ir.Model, recipe: Recipe, calibration: StoredCalibration, 
     calibration.context = context
     places = {str(group.activation.name): segments.of(group.layers[0]) for group in groups}
     statistics = calibration.observe(model, segments, places)
-    decisions = decide_groups(groups, statistics, recipe, samples=calibration.samples)
+    decisions = decide_groups(groups, statistics, recipe, samples=calibration.samples, linears=linears)
     plan = make_plan(linears.layers, decisions, recipe)
     if recipe.fallback.float_layers:
         plan = keep_float(plan, step_errors(decisions, calibration.samples, recipe), recipe.fallback.float_layers)
@@ -159,7 +162,7 @@ class Subject:
         materialize(self.model)
         self.linears = find_linears(self.model)
         self.layers = self.linears.by_label()
-        scales = digest({name: scale.scale.tobytes().hex() for name, scale in self.applied.items()})
+        scales = digest({name: change.key for name, change in self.applied.items()})
         calibration.context = (*context, "equalized", scales)
         choice = recipe.weights.model_dump_json()
         entries = {entry.name: entry for entry in planned.plan.layers}

@@ -1,17 +1,20 @@
-"""Find where an equalization scale on an activation can be folded, so that no node has to be added.
+"""Find where an equalization scale or shift of an activation can be folded, so that no node has to be added.
 
 Dividing channel k of an activation by s[k] is free when the activation is the result of a normalization (divide its
 weight and bias) or a linear function of what an earlier linear layer gives (divide its weight columns and bias): the
 value projection for the attention output projection, the up projection for the down projection.
+
+Subtracting z[k] is free when a constant is added to the activation already (the bias of a LayerNorm, or that of the
+value projection, as attention weights sum to one), and every layer that reads it has a bias that can take z W.
 """
 
 from __future__ import annotations
 
-__all__ = ["ScaleSite", "ScaleTarget", "find_input_scale", "find_scale_site"]
+__all__ = ["ScaleSite", "ScaleTarget", "ShiftSite", "find_input_scale", "find_scale_site", "find_shift_site"]
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -23,6 +26,13 @@ from fptq_onnx.graph.constants import constant_array, constant_shape, root_initi
 from fptq_onnx.graph.linears import LinearLayer, LinearSearch
 from fptq_onnx.graph.norms import FUSED_NORMS, normalized_input
 from fptq_onnx.graph.trails import Trail, check_readers, find_trails
+
+# Operators through which f(x - z) = f(x) - z with the channels moved; attentions are looked at one by one.
+_SHIFTS_THROUGH = frozenset(
+    {"Identity", "Cast", "Dropout", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Expand"}
+    | {"Slice", "Split", "Gather", "Concat"}
+)
+_AFTER_SOFTMAX = frozenset({"Identity", "Cast", "Dropout"})
 
 
 class Use(NamedTuple):
@@ -114,6 +124,48 @@ def find_scale_site(model: ir.Model, group: ActivationGroup, linears: LinearSear
         return ScaleSite("none", reason, (), free)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class ShiftSite:
+    """Where the shift z of an activation with K channels goes.
+
+    Attributes:
+        reason: Where z goes, or why it cannot be folded; a clause for the report.
+        target: The added constant to lower by z: entry i by z[channels[i]]; None where there is none.
+        tie_groups: As in `ScaleSite`: channels with equal entries must get equal z.
+        scales_cache: As in `ScaleSite`.
+    """
+
+    reason: str
+    target: ScaleTarget | None
+    tie_groups: np.ndarray
+    scales_cache: bool = False
+
+
+def find_shift_site(group: ActivationGroup, linears: LinearSearch) -> ShiftSite:
+    """Find the added constant that takes -z of a group's activation.
+
+    Args:
+        group: The layers that read the activation; each of their biases is to gain z W.
+        linears: Result of ``find_linears``.
+
+    Returns:
+        A site such that subtracting z from its target and adding z W to the bias of every layer of the group leaves
+        every output of the model unchanged (but for a cache), for z constant over tie groups.
+    """
+    layers = {layer.node: layer for layer in linears.layers}
+    attentions = {attention.node for attention in linears.flow.attentions}
+    try:
+        for layer in group.layers:
+            if layer.bias is None or (layer.bias_node is None and _beta(layer.node) == 0):
+                raise LayoutError(f"{layer.label} has no bias to make up for a shift")
+        (trail, *others) = find_trails(group.activation, layers.keys(), linears.flow)
+        if others:
+            raise LayoutError("the activation is a product of two others")
+        return _shift_site(trail, group, layers, attentions)
+    except LayoutError as error:
+        return ShiftSite(str(error), None, np.arange(group.k, dtype=np.int64))
+
+
 def find_input_scale(layer: LinearLayer) -> ScaleTarget | None:
     """Describe how to multiply row k of a layer's weight by s[k] in the graph.
 
@@ -145,6 +197,83 @@ def _site(trail: Trail, group: ActivationGroup, layers: Mapping[ir.Node, LinearL
     what = "vector" if trail.source.op_type == "Mul" and not _scales_a_norm(trail.source) else "norm weight"
     reason = f"{what} {own[0].initializer.name} ({trail.source.name})"
     return ScaleSite("norm", reason, targets, np.arange(group.k, dtype=np.int64), trail.source, cached)
+
+
+def _shift_site(
+    trail: Trail, group: ActivationGroup, layers: Mapping[ir.Node, LinearLayer], attentions: Collection[ir.Node]
+) -> ShiftSite:
+    source = layers.get(trail.source)
+    layouts = [start(_norm_width(trail.source) if source is None else source.n, trail.output)]
+    for step in trail.steps:
+        layouts.append(follow(layouts[-1], *step))
+    channels = channels_of_last(layouts[-1], group.k)
+    cached = check_readers(trail, layouts, {layer.node for layer in group.layers}, np.unique(channels))
+    target = _added_constant(trail, layouts, _inverse(channels, layouts[0]), layers, attentions)
+    ties = np.unique(channels, return_inverse=True)[1].reshape(-1).astype(np.int64)
+    return ShiftSite(f"bias {target.initializer.name} ({target.uses[0].node.name})", target, ties, cached)
+
+
+def _added_constant(
+    trail: Trail,
+    layouts: list[Layout],
+    inverse: np.ndarray,
+    layers: Mapping[ir.Node, LinearLayer],
+    attentions: Collection[ir.Node],
+) -> ScaleTarget:
+    """The last vector that is added on the way to an activation, with nothing but moves and attention behind it."""
+    for step, layout in zip(reversed(trail.steps), reversed(layouts[:-1]), strict=True):
+        node = step.node
+        if node.op_type == "Add":
+            shape = constant_shape(*_root(node.inputs[1 - step.input_index]))
+            if shape and shape[-1] > 1 and math.prod(shape) == shape[-1]:
+                channels = channels_of_last(layout, shape[-1])
+                return _target(node, 1 - step.input_index, -1, inverse[channels])
+        elif node in attentions:
+            _check_weights_sum_to_one(node, step.input_index)
+        elif node.op_type not in _SHIFTS_THROUGH:
+            raise LayoutError(f"the {node.op_type} node {node.name} does not let a shift through")
+    node, source = trail.source, layers.get(trail.source)
+    if source is not None:
+        if source.bias is None or source.bias_node is not None or _beta(node) != 1:
+            raise LayoutError(f"{source.label} has no bias that a shift could be folded into")
+        return _target(node, 2, -1, inverse)
+    bias = None if node.op_type == "Mul" else FUSED_NORMS[node.domain, node.op_type][2]
+    if bias is None or len(node.inputs) <= bias or node.inputs[bias] is None:
+        raise LayoutError(f"{node.name} adds no bias that a shift could be folded into")
+    return _target(node, bias, -1, inverse)
+
+
+def _check_weights_sum_to_one(node: ir.Node, value_input: int) -> None:
+    """Raise LayoutError unless an attention gives mean values: then it gives X - z for values X - z."""
+    sinks = len(node.inputs) > 11 and node.inputs[11] is not None
+    if node.op_type == "GroupQueryAttention" and (sinks or _flag(node, "smooth_softmax")):
+        raise LayoutError(f"the weights of the attention {node.name} do not sum to one")
+    if node.op_type != "MatMul":
+        return
+    weights = node.inputs[0]
+    producer = None if weights is None else weights.producer()
+    while producer is not None and (producer.op_type in _AFTER_SOFTMAX or _zeroes_nan(producer)):
+        weights = producer.inputs[2 if producer.op_type == "Where" else 0]
+        producer = None if weights is None else weights.producer()
+    axis = -1
+    if producer is not None and weights is not None and "axis" in producer.attributes:
+        axis = producer.attributes["axis"].as_int()
+        axis = -1 if weights.shape is not None and axis == weights.shape.rank() - 1 else axis
+    if value_input != 1 or producer is None or producer.op_type != "Softmax" or axis != -1:
+        raise LayoutError(f"the weights of the attention {node.name} are not known to sum to one")
+
+
+def _zeroes_nan(node: ir.Node) -> bool:
+    """Whether a node is Where(IsNaN(p), 0, p): what exporters put behind the softmax of rows that attend to nothing."""
+    if node.op_type != "Where" or node.inputs[0] is None or node.inputs[2] is None:
+        return False
+    tested, zero = node.inputs[0].producer(), constant_array(node.inputs[1])
+    is_nan = tested is not None and tested.op_type == "IsNaN" and tested.inputs[0] is node.inputs[2]
+    return is_nan and zero is not None and not zero.any()
+
+
+def _beta(node: ir.Node) -> float:
+    return node.attributes["beta"].as_float() if "beta" in node.attributes else 1.0
 
 
 def _scales_a_norm(node: ir.Node) -> bool:

@@ -1,4 +1,4 @@
-"""Per-channel scales that move the spread of an activation into the weights that read it."""
+"""Per-channel scales and shifts that move the spread of an activation into the weights and biases that read it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import numpy as np
 import numpy.typing as npt
 
 __all__ = [
+    "channel_shift",
     "equalized_absmax",
     "lae_scale",
     "round_mantissa",
     "scale_rows",
+    "shift_output",
+    "smooth",
     "smoothquant_scale",
     "tie",
 ]
@@ -107,3 +110,53 @@ def equalized_absmax(channel_absmax: FloatArray, scale: FloatArray) -> Float32:
     """Per-channel maximum of X / s, float32 [K]."""
     after: Float32 = np.divide(channel_absmax, scale, dtype=np.float32)
     return after
+
+
+def channel_shift(
+    channel_min: FloatArray, channel_max: FloatArray, channel_map: npt.NDArray[np.integer[Any]], bits: int = 0
+) -> Float32:
+    """Middle of each channel's range: z_j = (max X_j + min X_j) / 2 (Outlier Suppression+, arXiv 2304.09145).
+
+    X - z needs half the width of the widest channel for its range, wherever that channel lies. A zero point moves all
+    channels alike, and helps only where they lie on the same side.
+
+    Args:
+        channel_min: [K].
+        channel_max: [K], >= channel_min.
+        channel_map: int [K], the producer's output channel behind each activation channel. Channels of one producer
+            channel get the middle of all their ranges together.
+        bits: Round z to this many bits of half the width, so that statistics that differ in their last bits give the
+            same z; 0 for all.
+
+    Returns:
+        float32 [K]; 0 for a channel without finite extremes.
+    """
+    count = int(channel_map.max(initial=-1)) + 1
+    low, high = np.full(count, np.inf), np.full(count, -np.inf)
+    np.minimum.at(low, channel_map, np.asarray(channel_min, np.float64))
+    np.maximum.at(high, channel_map, np.asarray(channel_max, np.float64))
+    known = np.isfinite(low) & np.isfinite(high)
+    low, high = np.where(known, low, 0), np.where(known, high, 0)
+    middle = (low + high) / 2
+    if bits:
+        # half the width is 0 for a channel that never moves: then z itself gives the grid
+        _, exponent = np.frexp(np.where(high > low, (high - low) / 2, np.abs(middle)))
+        middle = np.ldexp(np.rint(np.ldexp(middle, bits - exponent)), exponent - bits)
+    shift: Float32 = middle.astype(np.float32)[channel_map]
+    return shift
+
+
+def shift_output(shift: FloatArray, weight: FloatArray) -> Float32:
+    """What the bias of a layer gains when its input loses z: z W, float32 [N], for z [K] and W [K, N].
+
+    W is the full-precision weight. With the quantized one Q the error of the output would be X (W - Q), as without the
+    shift; with W it is (X - z) (W - Q), and X - z is the smaller where a channel lies off zero.
+    """
+    gained: Float32 = (np.asarray(shift, np.float64) @ np.asarray(weight, np.float64)).astype(np.float32)
+    return gained
+
+
+def smooth(x: FloatArray, scale: FloatArray | None, shift: FloatArray | None) -> FloatArray:
+    """(X - z) / s for X [..., K]; None for no shift or no scale."""
+    centred = x if shift is None else x - shift
+    return centred if scale is None else centred / scale

@@ -96,11 +96,8 @@ def _changed(plan: Plan, steps: Mapping[str, Step], why: str) -> Plan:
 
 def _at(layer: LayerPlan, step: Step, why: str) -> LayerPlan:
     reason = f"{layer.reason}; {step}: {why}"
+    plain = dataclasses.replace(layer, equalization="none", alpha=None, shift=False, reason=reason)
     if step is Step.FLOAT:
-        return dataclasses.replace(
-            layer, scheme=Scheme.FLOAT, equalization="none", alpha=None, weight_method="float", reason=reason
-        )
+        return dataclasses.replace(plain, scheme=Scheme.FLOAT, weight_method="float")
     weight = "int8" if step is Step.INT8 else layer.weight_method
-    return dataclasses.replace(
-        layer, scheme=Scheme.PER_TOKEN, equalization="none", alpha=None, weight_method=weight, reason=reason
-    )
+    return dataclasses.replace(plain, scheme=Scheme.PER_TOKEN, weight_method=weight)

@@ -42,6 +42,8 @@ class LayerPlan:
         group_size: Rows of an int4 weight that share a scale. Editable.
         reason: Why, in words.
         alpha: SmoothQuant's exponent where another than the recipe's was found. Editable, likewise shared.
+        shift: Whether each channel loses the middle of its range first. Editable where the model can take it for free,
+            likewise shared; goes with every scheme but "float".
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
@@ -60,6 +62,7 @@ class LayerPlan:
     group_size: int
     reason: str
     alpha: float | None = None
+    shift: bool = False
 
     @property
     def is_quantized(self) -> bool:
@@ -148,12 +151,11 @@ class Plan:
         for layers in readers.values():
             first = layers[0]
             for other in layers[1:]:
-                asks, instead = ((entry.scheme, entry.equalization, entry.alpha) for entry in (other, first))
-                if asks != instead:
+                if _choice(other) != _choice(first):
                     raise RecipeError(
                         f"{where} {other.label}",
-                        f"it reads the same activation as {first.label} but asks for {_shared(asks)} instead of "
-                        f"{_shared(instead)}",
+                        f"it reads the same activation as {first.label} but asks for {_shared(other)} "
+                        f"instead of {_shared(first)}",
                         f"Give both the same scheme and equalization, or set the scheme of one to {Scheme.FLOAT}",
                     )
 
@@ -181,9 +183,14 @@ class Plan:
                     )
 
 
-def _shared(choice: tuple[Scheme, EqualizationMethod, float | None]) -> str:
-    scheme, equalization, alpha = choice
-    return f"{scheme} ({equalization}{'' if alpha is None else f', alpha {alpha:g}'})"
+def _choice(layer: LayerPlan) -> tuple[Any, ...]:
+    """What the layers that read one activation have to agree on."""
+    return layer.scheme, layer.equalization, layer.alpha, layer.shift
+
+
+def _shared(layer: LayerPlan) -> str:
+    alpha = "" if layer.alpha is None else f", alpha {layer.alpha:g}"
+    return f"{layer.scheme} ({layer.equalization}{alpha}{', shifted' if layer.shift else ''})"
 
 
 def _check_layer(layer: LayerPlan, where: str) -> None:
@@ -196,6 +203,8 @@ def _check_layer(layer: LayerPlan, where: str) -> None:
             f"{layer.equalization} does not go with scheme {layer.scheme}",
             f"Use a method with {Scheme.EQUALIZED_STATIC} and none with the other schemes",
         )
+    if layer.scheme is Scheme.FLOAT and layer.shift:
+        raise RecipeError(f"{place}.shift", f"it does not go with scheme {Scheme.FLOAT}", "Set it to false")
     if layer.scheme is Scheme.FLOAT and layer.weight_method != "float":
         raise RecipeError(
             f"{place}.weight_method",

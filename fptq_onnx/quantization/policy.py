@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from fptq_onnx.quantization.equalize import equalized_absmax, lae_scale, round_mantissa, smoothquant_scale
+from fptq_onnx.quantization.equalize import equalized_absmax, lae_scale, round_mantissa, smooth, smoothquant_scale
 
 __all__ = ["Decision", "EqualizationMethod", "PolicySettings", "Scheme", "activation_range", "choose_scheme", "decide"]
 
@@ -72,6 +72,7 @@ class Decision:
         equalized_range: v after equalization with this scale (equal to ``activation_range`` without one).
         reason: One clause for the report.
         alpha: SmoothQuant's exponent where it was searched for.
+        shift: float32 [K] that the activation loses before it is divided, or None.
     """
 
     scheme: Scheme
@@ -81,6 +82,11 @@ class Decision:
     equalized_range: float
     reason: str
     alpha: float | None = None
+    shift: Float32 | None = None
+
+    def smooth(self, x: FloatArray) -> FloatArray:
+        """What is quantized of X [..., K]: X less the shift, over the equalization scale."""
+        return smooth(x, self.equalization_scale, self.shift)
 
 
 def activation_range(channel_min: FloatArray, channel_max: FloatArray, kind: RangeKind = "absmax") -> float:

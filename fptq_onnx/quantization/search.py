@@ -9,7 +9,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fptq_onnx.quantization.equalize import lae_scale, round_mantissa, scale_rows, smoothquant_scale
+from fptq_onnx.quantization.equalize import (
+    lae_scale,
+    round_mantissa,
+    scale_rows,
+    shift_output,
+    smooth,
+    smoothquant_scale,
+)
 from fptq_onnx.quantization.int4 import Float32, Grid, quantize_weight
 from fptq_onnx.quantization.policy import EqualizationMethod, Scheme
 from fptq_onnx.quantization.static_range import activation_qparams
@@ -17,6 +24,7 @@ from fptq_onnx.quantization.static_range import activation_qparams
 __all__ = [
     "ALPHAS",
     "Candidate",
+    "OutputError",
     "Search",
     "quantize_per_token",
     "quantize_static",
@@ -44,6 +52,7 @@ class Candidate:
         alpha: SmoothQuant's exponent, 0 for the other methods.
         scale: float32 [K] that divides the activation, or None.
         error: Squared output error over squared output, summed over the layers.
+        shift: float32 [K] that the activation loses before it is divided, or None.
     """
 
     scheme: Scheme
@@ -51,6 +60,7 @@ class Candidate:
     alpha: float
     scale: Float32 | None
     error: float
+    shift: Float32 | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,6 +142,73 @@ def search_range(
     return min(errors, key=lambda name: errors[name])
 
 
+class OutputError:
+    """Squared output error of the quantized layers behind one activation over their squared output.
+
+    Weights are rounded to nearest with the samples' mean squares as importance: a later GPTQ lowers all errors alike.
+
+    Args:
+        samples: float32 [tokens, K], inputs of the layers, the leading tokens of a sequence among them.
+        weights: The layers' weights, float32 [K, N_i] each.
+        channel_min: [K] over all of calibration: static ranges cover more than the samples.
+        channel_max: [K], likewise.
+        group_size: Rows per weight scale.
+        grid: Weight grid; None leaves the weights float.
+        symmetric: Zero point 128 for static activations.
+        token_cap: See `token_weights`.
+        bias_correction: The layers' biases make up for what rounding the weights moves the mean outputs by.
+    """
+
+    def __init__(
+        self,
+        samples: Float32,
+        weights: Sequence[Float32],
+        channel_min: FloatArray,
+        channel_max: FloatArray,
+        *,
+        group_size: int,
+        grid: Grid | None,
+        symmetric: bool = True,
+        token_cap: float = 16.0,
+        bias_correction: bool = False,
+    ) -> None:
+        """Compute the float outputs."""
+        self._bias_correction = bias_correction
+        self._samples, self._weights = samples, weights
+        self._low, self._high = np.asarray(channel_min, np.float32), np.asarray(channel_max, np.float32)
+        self._group_size, self._grid, self._symmetric = group_size, grid, symmetric
+        self._targets = [samples @ w for w in weights]
+        self._counted = token_weights(samples, token_cap)[:, None]
+
+    def __call__(self, *, scale: Float32 | None = None, shift: Float32 | None = None, per_token: bool = False) -> float:
+        """The error with X quantized as (X - shift) / scale."""
+        x = smooth(self._samples, scale, shift)
+        low, high = (smooth(extreme, scale, shift) for extreme in (self._low, self._high))
+        seen = (
+            quantize_per_token(x)
+            if per_token
+            else quantize_static(x, float(low.min()), float(high.max()), symmetric=self._symmetric)
+        )
+        noise = signal = 0.0
+        for w, target in zip(self._weights, self._targets, strict=True):
+            rows = w if scale is None else scale_rows(w, scale)
+            stored = self._stored(rows, seen)
+            output = seen @ stored
+            if self._bias_correction:
+                output += x.mean(axis=0) @ (rows - stored)
+            if shift is not None:
+                output += shift_output(shift, w)
+            noise += float(np.sum(self._counted * np.square(output - target, dtype=np.float64)))
+            signal += float(np.sum(self._counted * np.square(target, dtype=np.float64)))
+        return noise / signal if signal > 0 else (0.0 if noise == 0 else float("inf"))
+
+    def _stored(self, rows: Float32, seen: Float32) -> Float32:
+        if self._grid is None:
+            return rows
+        importance = np.mean(np.square(seen, dtype=np.float64), axis=0)
+        return quantize_weight(rows, self._group_size, self._grid, np.float32, importance=importance).dequantize()
+
+
 def search_scheme(
     samples: Float32,
     weights: Sequence[Float32],
@@ -145,17 +222,19 @@ def search_scheme(
     tolerance: float = 1.25,
     token_cap: float = 16.0,
     scale_bits: int = 0,
+    shift: Float32 | None = None,
+    bias_correction: bool = False,
 ) -> Search:
     """Quantize the layers behind one activation in every way and keep the best static one if it is good enough.
 
-    The candidates are plain static, LAE, SmoothQuant with `ALPHAS`, and per token. Weights are rounded to nearest on
-    ``grid`` with the samples' mean squares as importance: a later GPTQ lowers all errors alike.
+    The candidates are plain static, LAE, SmoothQuant with `ALPHAS`, and per token; with a shift, each of them once more
+    for the shifted activation, whose own range then gives the scale.
 
     Args:
-        samples: float32 [tokens, K], inputs of the layers, the leading tokens of a sequence among them.
-        weights: The layers' weights, float32 [K, N_i] each.
-        channel_min: [K] over all of calibration: static ranges cover more than the samples.
-        channel_max: [K], likewise.
+        samples: As for `OutputError`, like the next three.
+        weights: The layers' weights.
+        channel_min: Minimum of each channel.
+        channel_max: Maximum of each channel.
         group_size: Rows per weight scale.
         grid: Weight grid.
         symmetric: Zero point 128 for static candidates.
@@ -164,53 +243,57 @@ def search_scheme(
             cost nothing at run time.
         token_cap: See `token_weights`.
         scale_bits: Significant bits of equalization scales, 0 for all.
+        shift: float32 [K] that the activation may lose at no cost (see `channel_shift`), or None.
+        bias_correction: See `OutputError`.
 
     Returns:
         The candidates, the chosen one first, the rest by error.
     """
-    channel_min = np.asarray(channel_min, np.float32)
-    channel_max = np.asarray(channel_max, np.float32)
-    absmax = np.maximum(np.abs(channel_min), np.abs(channel_max))
+    error = OutputError(
+        samples,
+        weights,
+        channel_min,
+        channel_max,
+        group_size=group_size,
+        grid=grid,
+        symmetric=symmetric,
+        token_cap=token_cap,
+        bias_correction=bias_correction,
+    )
     weight_absmax = np.max([np.abs(w).max(axis=1) for w in weights], axis=0)
-    targets = [samples @ w for w in weights]
-
-    counted = token_weights(samples, token_cap)[:, None]
 
     def kept(scale: Float32) -> Float32:
         return round_mantissa(scale, scale_bits) if scale_bits else scale
 
-    def error(scale: Float32 | None, per_token: bool) -> float:
-        x = samples if scale is None else samples / scale
-        low, high = (channel_min, channel_max) if scale is None else (channel_min / scale, channel_max / scale)
-        seen = (
-            quantize_per_token(x)
-            if per_token
-            else quantize_static(x, float(low.min()), float(high.max()), symmetric=symmetric)
-        )
-        importance = np.mean(np.square(seen, dtype=np.float64), axis=0)
-        noise = signal = 0.0
-        for w, target in zip(weights, targets, strict=True):
-            rows = w if scale is None else scale_rows(w, scale)
-            q = quantize_weight(rows, group_size, grid, np.float32, importance=importance).dequantize()
-            noise += float(np.sum(counted * np.square(seen @ q - target, dtype=np.float64)))
-            signal += float(np.sum(counted * np.square(target, dtype=np.float64)))
-        return noise / signal if signal > 0 else (0.0 if noise == 0 else float("inf"))
-
-    static = [Candidate(Scheme.STATIC, "none", 0.0, None, error(None, False))]
-    scale = kept(lae_scale(absmax, floor))
-    static.append(Candidate(Scheme.EQUALIZED_STATIC, "lae", 0.0, scale, error(scale, False)))
-    for alpha in ALPHAS:
-        scale = kept(smoothquant_scale(absmax, weight_absmax, alpha, floor))
-        static.append(Candidate(Scheme.EQUALIZED_STATIC, "smoothquant", alpha, scale, error(scale, False)))
-    dynamic = Candidate(Scheme.PER_TOKEN, "none", 0.0, None, error(None, True))
-    best = min(static, key=lambda c: c.error)
-    if static[0].error <= _NO_WORSE * best.error:
-        best = static[0]
-    chosen = best if best.error <= tolerance * dynamic.error else dynamic
-    others = sorted((c for c in [*static, dynamic] if c is not chosen), key=lambda c: c.error)
-    comparison = f"best static error {best.error:.3g} ({_name(best)}), per-token {dynamic.error:.3g}"
+    plain, equalized, dynamic = list[Candidate](), list[Candidate](), list[Candidate]()
+    for z in (None,) if shift is None else (None, shift):
+        low, high = (smooth(np.asarray(extreme, np.float32), None, z) for extreme in (channel_min, channel_max))
+        absmax = np.maximum(np.abs(low), np.abs(high))
+        plain.append(Candidate(Scheme.STATIC, "none", 0.0, None, error(shift=z), z))
+        scale = kept(lae_scale(absmax, floor))
+        equalized.append(Candidate(Scheme.EQUALIZED_STATIC, "lae", 0.0, scale, error(scale=scale, shift=z), z))
+        for alpha in ALPHAS:
+            scale = kept(smoothquant_scale(absmax, weight_absmax, alpha, floor))
+            found = error(scale=scale, shift=z)
+            equalized.append(Candidate(Scheme.EQUALIZED_STATIC, "smoothquant", alpha, scale, found, z))
+        dynamic.append(Candidate(Scheme.PER_TOKEN, "none", 0.0, None, error(shift=z, per_token=True), z))
+    simple, moving = _best(plain), _best(dynamic)
+    best = _best([*plain, *equalized])
+    if simple.error <= _NO_WORSE * best.error:
+        best = simple
+    chosen = best if best.error <= tolerance * moving.error else moving
+    others = sorted((c for c in [*plain, *equalized, *dynamic] if c is not chosen), key=lambda c: c.error)
+    comparison = f"best static error {best.error:.3g} ({_name(best)}), {_name(moving, 'per-token')} {moving.error:.3g}"
     return Search((chosen, *others), f"{comparison}: {chosen.scheme}")
 
 
-def _name(candidate: Candidate) -> str:
-    return f"smoothquant {candidate.alpha:g}" if candidate.equalization == "smoothquant" else candidate.equalization
+def _best(candidates: Sequence[Candidate]) -> Candidate:
+    """The candidate of least error, the first of equals."""
+    return min(candidates, key=lambda candidate: candidate.error)
+
+
+def _name(candidate: Candidate, name: str = "") -> str:
+    if not name:
+        smoothquant = candidate.equalization == "smoothquant"
+        name = f"smoothquant {candidate.alpha:g}" if smoothquant else candidate.equalization
+    return name if candidate.shift is None else f"shifted {name}" if name != "none" else "shifted"

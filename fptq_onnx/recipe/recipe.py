@@ -146,7 +146,7 @@ class Recipe(Section):
     def needs_samples(self) -> bool:
         """Whether a sample of each activation is kept."""
         chooses = self.activations.static_range == "output" or self.equalization.method == "search"
-        return chooses or self.fallback.float_layers > 0 or self.fallback.rounds > 0
+        return chooses or self.equalization.shift or self.fallback.float_layers > 0 or self.fallback.rounds > 0
 
     def policy(self) -> PolicySettings:
         """The part of the recipe that the activation policy reads."""

@@ -92,7 +92,14 @@ class EqualizationRecipe(Section):
 
     scale_bits: int = Field(default=8, ge=0, le=24)
     """Significant bits that the scales keep, 0 for all: exports of one model whose statistics differ in the last bits
-    then get the same weights. Eight bits move a scale by 0.4 per cent at most."""
+    then get the same weights. Eight bits move a scale by 0.4 per cent at most. A shift keeps as many bits of half its
+    channel's width."""
+
+    shift: bool = False
+    """Also try every activation less the middle of each channel's range (Outlier Suppression+, arXiv 2304.09145), and
+    keep that where the quantized layers err less on a sample of tokens; "search" tries each of its choices so. Offered
+    only where it costs nothing at run time: where a LayerNorm's bias or that of the value projection takes the shift
+    and every layer behind has a bias for what it loses. Models with RMSNorm, or without biases, have no such place."""
 
 
 class RotationRecipe(Section):

@@ -13,7 +13,7 @@ from graph_tools import fold, model_from_text, run
 from fptq_onnx.graph.activation_groups import ActivationGroup, group_by_activation
 from fptq_onnx.graph.linears import LinearSearch, find_linears
 from fptq_onnx.graph.model_file import load_model
-from fptq_onnx.graph.producers import ScaleSite, find_scale_site
+from fptq_onnx.graph.producers import ScaleSite, find_scale_site, find_shift_site
 
 # What each group's scale folds into, by the roles of its layers; anything else needs a Mul.
 DECODER = {"q,k,v": "norm", "qkv": "norm", "o": "linear", "gate,up": "norm", "down": "linear", "lm_head": "norm"}
@@ -429,3 +429,103 @@ def test_reasons_when_nothing_can_absorb_the_scale(tmp_path: Path, body: str, re
     _, _, site = _only_site(tmp_path, body, wide=RNG.normal(size=(16, 6)).astype(np.float32))
     assert site.kind == "none"
     assert reason in site.reason
+
+
+# Where the shift of each group's activation goes; every other group has no place for one.
+SHIFTS = {
+    "gpt2": {"qkv": "ln_1.bias", "o": "c_attn.bias", "fc1": "ln_2.bias"},
+    # post-norm: the normed value is the residual stream
+    "bert": {"o": "value.bias", "lm_head": "LayerNorm.bias"},
+    "bert-classifier": {"o": "value.bias"},
+}
+SHIFT_MODELS = (
+    ("gpt2", families.DYNAMO),
+    ("gpt2", families.DYNAMO_KV),
+    ("bert", families.DYNAMO),
+    ("llama", families.GENAI_FP32),
+    ("qwen2", families.DYNAMO_KV),
+)
+
+
+@pytest.mark.parametrize(("architecture", "family"), SHIFT_MODELS)
+def test_shifts_in_every_family(architecture: str, family: str) -> None:
+    linears = find_linears(load_model(families.model(architecture, family).path))
+    expected = SHIFTS.get(architecture, {})
+    for group in group_by_activation(linears.layers):
+        site = find_shift_site(group, linears)
+        roles = ",".join(layer.role for layer in group.layers)
+        assert site.reason
+        if roles == "lm_head":
+            assert (site.target is None) == any(layer.bias is None for layer in group.layers), site.reason
+        elif roles in expected:
+            assert site.target is not None and expected[roles] in site.reason, f"{roles}: {site.reason}"
+        elif roles != "other":
+            assert site.target is None, f"{roles}: {site.reason}"
+
+
+SHIFTED_WEIGHTS = {"gamma": WEIGHTS["gamma"], "beta": WEIGHTS["beta"], "c": RNG.normal(size=8).astype(np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("a = LayerNormalization(x, gamma, beta)\n y = MatMul(a, w1)", "has no bias to make up for a shift"),
+        ("a = LayerNormalization(x, gamma)\n m = MatMul(a, w1)\n y = Add(m, c)", "adds no bias"),
+        ("p = MatMul(x, w1)\n a = Relu(p)\n m = MatMul(a, w1)\n y = Add(m, c)", "Relu node .* does not let a shift"),
+        ("p = MatMul(x, w1)\n a = Identity(p)\n m = MatMul(a, w1)\n y = Add(m, c)", "has no bias that a shift"),
+        ("p = MatMul(x, w1)\n h = Add(p, c)\n a = Mul(h, half)\n m = MatMul(a, w1)\n y = Add(m, c)", "Mul node"),
+        ("p = LayerNormalization(x, gamma, beta)\n m = MatMul(p, w1)\n t = Add(m, c)\n y = Add(t, p)", "also read by"),
+    ],
+)
+def test_reasons_when_nothing_can_absorb_the_shift(tmp_path: Path, body: str, reason: str) -> None:
+    extra = SHIFTED_WEIGHTS | {"half": np.array(0.5, np.float32), "w1": RNG.normal(size=(8, 8)).astype(np.float32)}
+    model, _, _ = _only_site(tmp_path, body, SIGNATURE.replace("n]", "8]"), **extra)
+    linears = find_linears(model)
+    site = find_shift_site(group_by_activation(linears.layers)[-1], linears)
+    assert site.target is None
+    assert re.search(reason, site.reason), site.reason
+
+
+@pytest.mark.parametrize(
+    ("attention", "sums_to_one"),
+    [
+        ('GroupQueryAttention <num_heads = 4, kv_num_heads = 2> (q, k, v, "", "", ends, total)', True),
+        (
+            'GroupQueryAttention <num_heads = 4, kv_num_heads = 2, smooth_softmax = 1> (q, k, v, "", "", ends, total)',
+            False,
+        ),
+        (
+            "GroupQueryAttention <num_heads = 4, kv_num_heads = 2> "
+            '(q, k, v, "", "", ends, total, "", "", "", "", sink)',
+            False,
+        ),
+    ],
+)
+def test_attention_lets_a_shift_through_where_its_weights_sum_to_one(
+    tmp_path: Path, attention: str, sums_to_one: bool
+) -> None:
+    body = f"""q = MatMul(x, wq)
+        k = MatMul(x, wk)
+        v0 = MatMul(x, wv)
+        v = Add(v0, bv)
+        a = com.microsoft.{attention}
+        m = MatMul(a, wo)
+        y = Add(m, c)"""
+    extra = {
+        "wq": RNG.normal(size=(8, 32)).astype(np.float32),
+        "wk": RNG.normal(size=(8, 16)).astype(np.float32),
+        "wv": RNG.normal(size=(8, 16)).astype(np.float32),
+        "bv": RNG.normal(size=16).astype(np.float32),
+        "wo": RNG.normal(size=(32, 8)).astype(np.float32),
+        "c": SHIFTED_WEIGHTS["c"],
+        "ends": np.full(2, 2, np.int32),
+        "total": np.array(3, np.int32),
+        "sink": np.ones(4, np.float32),
+    }
+    model, group, _ = _only_site(tmp_path, body, SIGNATURE.replace("n]", "8]"), position=1, **extra)
+    site = find_shift_site(group, find_linears(model))
+    assert (site.target is not None) == sums_to_one, site.reason
+    if sums_to_one:
+        assert len(np.unique(site.tie_groups)) == 16
+    else:
+        assert "do not sum to one" in site.reason

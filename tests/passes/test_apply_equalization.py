@@ -13,7 +13,7 @@ from pass_models import parse, tokens, weight
 from fptq_onnx.graph.activation_groups import group_by_activation
 from fptq_onnx.graph.linears import find_linears
 from fptq_onnx.graph.model_file import load_model
-from fptq_onnx.graph.producers import find_scale_site
+from fptq_onnx.graph.producers import find_scale_site, find_shift_site
 from fptq_onnx.passes.apply_equalization import ApplyEqualizationPass
 
 
@@ -150,3 +150,76 @@ def test_no_scale_changes_nothing() -> None:
     nodes = list(model.graph)
     assert _apply(model, {}) == {}
     assert list(model.graph) == nodes
+
+
+SHIFTED_MODELS = (
+    ("gpt2", families.DYNAMO),
+    ("gpt2", families.DYNAMO_KV),
+    ("bert", families.DYNAMO),
+)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(("architecture", "family"), SHIFTED_MODELS)
+def test_every_shift_of_every_model(architecture: str, family: str, scaled: bool) -> None:
+    """Far shifts, at every place that takes one, with and without a scale, change no output and add no node."""
+    tiny = families.model(architecture, family)
+    model = load_model(tiny.path)
+    linears = find_linears(model)
+    sites = {g.activation.name: find_shift_site(g, linears) for g in group_by_activation(linears.layers)}
+    sites = {name: site for name, site in sites.items() if site.target is not None}
+    assert len(sites) >= 3
+    shifts = {
+        name: (3 * np.random.default_rng(seed).standard_normal(site.tie_groups.size)[site.tie_groups]).astype(
+            np.float32
+        )
+        for seed, (name, site) in enumerate(sites.items())
+    }
+    scales = {name: _scale(z.size, 7) for name, z in shifts.items()} if scaled else {}
+    feeds = tiny.feeds(tiny.token_ids())
+    before = values(model, ["logits", *sites], feeds, library=False)
+    count = len(list(model.graph))
+    equalization = ApplyEqualizationPass(scales, shifts)
+    assert equalization(model).modified
+    after = values(model, ["logits", *sites], feeds, library=False)
+    assert len(list(model.graph)) <= count
+    assert relative_error(after["logits"], before["logits"]) < 1e-4
+    for name, applied in equalization.applied.items():
+        assert relative_error(after[name], applied.smooth(before[name])) < 1e-4
+        assert applied.kind == ("shift" if not scaled else f"{find_scale_kind(applied.reason)}+shift")
+        assert sites[name].reason.split(" ")[1] in applied.reason
+    # statistics and moments are those of the activation as the layers read it now
+    assert {name: applied.activation for name, applied in equalization.applied.items()} == {n: n for n in sites}
+
+
+def find_scale_kind(reason: str) -> str:
+    return "norm" if reason.startswith("norm weight") else "linear"
+
+
+def test_a_zero_bias_takes_a_shift(tmp_path: Path) -> None:
+    """One that a scale alone need not touch; and the readers' biases may be in a Gemm, with a beta."""
+    model = parse(
+        tmp_path,
+        "(float[B, 24] X) => (float[B, 10] Y)",
+        "activation = LayerNormalization<axis = -1>(X, gamma, beta)\n"
+        "Y = Gemm<alpha = 0.5, beta = 2.0>(activation, w, c)",
+        {"gamma": weight(1, 24, 4)[0], "beta": np.zeros(24, np.float32), "w": weight(), "c": weight(1, 10, 3)[0]},
+    )
+    feeds = {"X": tokens()[0]}
+    before = values(model, ["Y", "activation"], feeds)
+    z = 5 * weight(1, 24, 9)[0]
+    ApplyEqualizationPass({"activation": _scale(24)}, {"activation": z})(model)
+    after = values(model, ["Y", "activation"], feeds)
+    assert relative_error(after["Y"], before["Y"]) < 1e-5
+    assert relative_error(after["activation"], (before["activation"] - z) / _scale(24)) < 1e-5
+
+
+def test_a_shift_that_cannot_be_folded_is_refused(tmp_path: Path) -> None:
+    model = parse(
+        tmp_path,
+        "(float[B, 24] X) => (float[B, 10] Y)",
+        "activation = Tanh(X)\nm = MatMul(activation, w)\nY = Add(m, c)",
+        {"w": weight(), "c": weight(1, 10, 3)[0]},
+    )
+    with pytest.raises(ValueError, match=r"activation cannot be shifted: .*Tanh"):
+        ApplyEqualizationPass({}, {"activation": weight(1, 24)[0]})(model)

@@ -5,10 +5,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from fptq_onnx.quantization.equalize import (
+    channel_shift,
     equalized_absmax,
     lae_scale,
     round_mantissa,
     scale_rows,
+    shift_output,
+    smooth,
     smoothquant_scale,
     tie,
 )
@@ -101,3 +104,67 @@ def test_rounded_scales_ignore_last_bits(scale, bits, ulps):
     digits = np.ldexp(np.frexp(scale.astype(np.float64))[0], bits)
     on_border = np.abs(digits - np.floor(digits) - 0.5) < 1e-4
     np.testing.assert_array_equal(round_mantissa(nudged, bits)[~on_border], rounded[~on_border])
+
+
+extremes = hnp.arrays(np.float32, (2, 12), elements=st.floats(-1000, 1000, width=32))
+
+
+@given(extremes)
+def test_shift_halves_the_width_of_every_channel(ends):
+    low, high = ends.min(axis=0), ends.max(axis=0)
+    z = channel_shift(low, high, np.arange(12)).astype(np.float64)
+    half = (high.astype(np.float64) - low) / 2
+    np.testing.assert_allclose(high - z, half, rtol=1e-6, atol=1e-4)
+    np.testing.assert_allclose(z - low, half, rtol=1e-6, atol=1e-4)
+    # so that no shift of its own gives any channel a smaller maximum
+    assert (np.maximum(np.abs(low), np.abs(high)) >= half * (1 - 1e-6)).all()
+
+
+@given(extremes)
+def test_tied_channels_share_the_middle_of_all_their_ranges(ends):
+    low, high = ends.min(axis=0), ends.max(axis=0)
+    channel_map = np.tile(np.arange(4), 3)
+    z = channel_shift(low, high, channel_map).reshape(3, 4)
+    np.testing.assert_array_equal(z, np.broadcast_to(z[0], (3, 4)))
+    together = (low.reshape(3, 4).min(axis=0).astype(np.float64) + high.reshape(3, 4).max(axis=0)) / 2
+    np.testing.assert_allclose(z[0], together, rtol=1e-6, atol=1e-30)
+
+
+@given(extremes, st.integers(2, 10))
+def test_rounded_shifts_lie_within_their_bits_of_half_the_width(ends, bits):
+    low, high = ends.min(axis=0), ends.max(axis=0)
+    exact = (low.astype(np.float64) + high) / 2
+    z = channel_shift(low, high, np.arange(12), bits)
+    half = np.where(high > low, (high.astype(np.float64) - low) / 2, np.abs(exact))
+    assert (np.abs(z - exact) <= half * 2.0**-bits * 1.001 + 1e-30).all()
+
+
+def test_statistics_that_differ_in_their_last_bits_give_one_shift():
+    rng = np.random.default_rng(0)
+    low, high = -rng.uniform(1, 2, 1000).astype(np.float32), rng.uniform(1, 2, 1000).astype(np.float32)
+    nudged = np.nextafter(high, np.float32(9))
+    each = np.arange(1000)
+    assert (channel_shift(low, high, each) != channel_shift(low, nudged, each)).any()
+    np.testing.assert_array_equal(channel_shift(low, high, each, 8), channel_shift(low, nudged, each, 8))
+
+
+def test_channels_never_seen_are_not_shifted():
+    low, high = np.array([np.inf, 1, -2], np.float32), np.array([-np.inf, 5, -2], np.float32)
+    assert channel_shift(low, high, np.arange(3), 8).tolist() == [0, 3, -2]
+    assert channel_shift(low[:0], high[:0], np.arange(0)).shape == (0,)
+
+
+@given(
+    hnp.arrays(np.float64, (5, 8), elements=st.floats(-100, 100)),
+    hnp.arrays(np.float32, (8, 3), elements=st.floats(-4, 4, width=32)),
+    hnp.arrays(np.float32, 8, elements=st.floats(-100, 100, width=32)),
+    st.booleans(),
+)
+def test_shift_and_scale_keep_the_output(x, w, z, scaled):
+    """((X - z) / s) (s W) + z W = X W."""
+    s = lae_scale(np.abs(x - z).max(axis=0)) if scaled else None
+    rows = w if s is None else scale_rows(w, s)
+    got = smooth(x, s, z) @ rows.astype(np.float64) + shift_output(z, w)
+    size = float(((np.abs(x) + np.abs(z)) @ np.abs(w)).max())
+    np.testing.assert_allclose(got, x @ w, atol=1e-6 * size + 1e-12)
+    assert smooth(x, None, None) is x

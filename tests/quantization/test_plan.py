@@ -50,6 +50,13 @@ def test_json_round_trip(scheme, v, reason, block):
     assert Plan.from_json(plan.to_json()) == plan
 
 
+def test_plans_from_before_there_were_shifts_are_read():
+    data = json.loads(PLAN.to_json())
+    for entry in data["layers"]:
+        assert entry.pop("shift") is False
+    assert Plan.from_json(json.dumps(data)) == PLAN
+
+
 def test_lookup_and_counts(tmp_path):
     assert PLAN["block.0.k"].label == "block.0.k"
     with pytest.raises(KeyError):
@@ -80,6 +87,8 @@ def test_an_edit_that_fits_is_accepted():
         (lambda d: d.update(format=2), "format 2"),
         (lambda d: d["layers"][0].update(scheme="per-token"), "reads the same activation as block.0.q"),
         (lambda d: d["layers"][1].update(alpha=0.3), r"static \(none, alpha 0\.3\) instead of static \(none\)"),
+        (lambda d: d["layers"][1].update(shift=True), r"static \(none, shifted\) instead of static \(none\)"),
+        (lambda d: d["layers"][2].update(scheme="float", weight_method="float", shift=True), "o.shift"),
         (lambda d: d["layers"][0].update(equalization="lae"), "does not go with scheme static"),
         (lambda d: d["layers"][2].update(scheme="equalized-static"), "none does not go with"),
         (lambda d: d["layers"][2].update(scheme="float"), "signed8 does not go with scheme float"),

@@ -1,13 +1,15 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from fptq_onnx.quantization.equalize import channel_shift
 from fptq_onnx.quantization.metrics import relative_mse
 from fptq_onnx.quantization.policy import Scheme
 from fptq_onnx.quantization.search import (
     ALPHAS,
+    OutputError,
     quantize_per_token,
     quantize_static,
     search_range,
@@ -114,3 +116,69 @@ def test_the_range_is_chosen_by_what_the_outputs_need():
     assert search_range(x, [heard], ranges) == "absmax"
     assert search_range(x, [unheard], ranges) == "mse"
     assert search_range(x, [unheard, heard], ranges) == "absmax"
+
+
+def off_centre(tokens=200, k=64):
+    """Every channel far off zero, half of them on either side: where a zero point cannot help."""
+    rng = np.random.default_rng(0)
+    centre = np.where(np.arange(k) % 2, 20, -20) * rng.uniform(0.5, 1, k)
+    return (rng.standard_normal((tokens, k)) + centre).astype(np.float32)
+
+
+def middle(x):
+    return channel_shift(x.min(axis=0), x.max(axis=0), np.arange(x.shape[1]))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_channels_on_both_sides_of_zero_are_shifted(symmetric):
+    x = off_centre()
+    result = search(x, WEIGHTS, symmetric=symmetric, shift=middle(x))
+    assert len(result.candidates) == 2 * (3 + len(ALPHAS))
+    assert result.chosen.shift is not None and "shifted" in result.reason
+    for scheme in Scheme.STATIC, Scheme.PER_TOKEN:
+        without, shifted = (
+            next(c.error for c in result.candidates if c.scheme is scheme and (c.shift is not None) is wanted)
+            for wanted in (False, True)
+        )
+        assert shifted < 0.5 * without
+
+
+def test_no_shift_changes_nothing():
+    x = activations("outlier channels")
+    plain, offered = search(x, WEIGHTS), search(x, WEIGHTS, shift=np.zeros(64, np.float32))
+    assert [c.error for c in plain.candidates] == [c.error for c in offered.candidates if c.shift is None]
+    assert plain.chosen.error == offered.chosen.error and offered.chosen.shift is None
+    assert plain.reason == offered.reason
+
+
+@given(hnp.arrays(np.float32, 64, elements=st.floats(-50, 50, width=32)))
+@settings(max_examples=20, deadline=None)
+def test_a_shifted_activation_is_judged_as_if_it_had_come_shifted(z):
+    """The layers' biases give back z W in full precision, so that only X - z meets rounding."""
+    x = activations("gaussian")
+    given_off, given_centred = (
+        OutputError(
+            value, WEIGHTS[:1], value.min(axis=0), value.max(axis=0), group_size=32, grid="signed8", token_cap=0
+        )
+        for value in (x + z, x)
+    )
+    signal = np.sum(((x + z) @ WEIGHTS[0]) ** 2.0) / np.sum((x @ WEIGHTS[0]) ** 2.0)
+    assert given_off(shift=z) * signal == pytest.approx(given_centred(), rel=2e-2)
+
+
+def test_bias_correction_takes_the_mean_out_of_the_error():
+    x = off_centre()
+    without, with_it = (
+        OutputError(x, WEIGHTS, x.min(axis=0), x.max(axis=0), group_size=32, grid="signed8", bias_correction=correct)
+        for correct in (False, True)
+    )
+    assert with_it(per_token=True) < 0.7 * without(per_token=True)
+    # around the middle little is left to correct
+    z = middle(x)
+    assert with_it(shift=z) == pytest.approx(without(shift=z), rel=0.1)
+
+
+def test_weights_may_stay_float():
+    x = activations("gaussian")
+    error = OutputError(x, WEIGHTS, x.min(axis=0), x.max(axis=0), group_size=32, grid=None)
+    assert 0 < error() < 1e-3

@@ -34,7 +34,7 @@ class GenaiConfig:
         """Read the configuration of a model folder.
 
         Raises:
-            ModelError: It is missing, no JSON, or has no single decoder model (a pipeline of several).
+            ModelError: It is missing, no JSON, or has no single decoder model in the folder (a pipeline of several).
         """
         path = folder / CONFIG_NAME
         try:
@@ -54,6 +54,11 @@ class GenaiConfig:
         if not isinstance(decoder.get("filename"), str) or not decoder["filename"]:
             several = "its decoder is a pipeline of several models" if "pipeline" in decoder else "it names no decoder"
             raise ModelError(str(path), several, "Convert the .onnx files one by one")
+        inside = Path(decoder["filename"])
+        if inside.is_absolute() or ".." in inside.parts:
+            raise ModelError(str(path), f"names the decoder {inside}, outside the folder", "Move the file into it")
+        if not isinstance(decoder.get("session_options") or {}, dict):
+            raise ModelError(str(path), "session_options of its decoder is no object", "Build the model folder again")
         return config
 
     @property
@@ -70,14 +75,14 @@ class GenaiConfig:
     @property
     def library(self) -> str | None:
         """The custom-op library that the decoder's session registers, if any."""
-        library = self._decoder().get("session_options", {}).get(_LIBRARY_KEY)
+        library = (self._decoder().get("session_options") or {}).get(_LIBRARY_KEY)
         return None if library is None else str(library)
 
     def with_library(self, file_name: str) -> GenaiConfig:
         """Return a configuration whose decoder session registers `file_name`, a file of the model folder."""
         data = copy.deepcopy(self.data)
-        options = data["model"]["decoder"].setdefault("session_options", {})
-        options[_LIBRARY_KEY] = file_name
+        decoder = data["model"]["decoder"]
+        decoder["session_options"] = (decoder.get("session_options") or {}) | {_LIBRARY_KEY: file_name}
         return GenaiConfig(self.path, data)
 
     def save(self, folder: Path) -> None:

@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import onnx_ir as ir
 from fptq_onnx.errors import ModelError, RuntimeUnavailableError
 from fptq_onnx.generation.generate import find_model
 from fptq_onnx.graph.model_file import data_locations, load_model
+from fptq_onnx.graph.output_files import scratch_folder, writing
 from fptq_onnx.ops import DOMAIN, get_library_path, library_info
 from fptq_onnx.packaging.triton_config import TritonOptions, can_batch, check_schema, render_config, tensors_of
 
@@ -126,30 +126,22 @@ def _library(options: TritonOptions) -> Path:
 
 
 def _write(target: Path, model: ir.Model, path: Path, config: str, library: Path | None) -> None:
-    """Fill a temporary folder beside `target`, then rename it."""
-    building: Path | None = None
-    try:
+    """Fill a hidden folder beside `target`, then rename it."""
+    with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        building.chmod(0o755)
-        version = building / "1"
-        version.mkdir()
-        shutil.copyfile(path, version / "model.onnx")
-        for location in data_locations(model):
-            copy = version / location
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path.parent / location, copy)
-        if library is not None:
-            shutil.copyfile(library, building / library.name)
-        (building / "config.pbtxt").write_text(config, encoding="utf-8")
-        building.rename(target)
-    except OSError as error:
-        raise ModelError(
-            str(target), f"cannot be written: {error.strerror or error}", "Check the folder and the free space"
-        ) from error
-    finally:
-        if building is not None:
-            shutil.rmtree(building, ignore_errors=True)
+        with scratch_folder(target) as building:
+            building.chmod(0o755)  # a temporary folder is for its owner alone
+            version = building / "1"
+            version.mkdir()
+            shutil.copyfile(path, version / "model.onnx")
+            for location in data_locations(model):
+                copy = version / location
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path.parent / location, copy)
+            if library is not None:
+                shutil.copyfile(library, building / library.name)
+            (building / "config.pbtxt").write_text(config, encoding="utf-8")
+            building.rename(target)
 
 
 def _server_command(repository: Path, served_from: str, options: TritonOptions) -> str:

@@ -166,6 +166,15 @@ def _missing_model(source: Path) -> None:
     _edit(source, {"filename": "other.onnx"})
 
 
+def _outside(source: Path) -> None:
+    (source / "model.onnx").rename(source.parent / "model.onnx")
+    _edit(source, {"filename": "../model.onnx"})
+
+
+def _odd_options(source: Path) -> None:
+    _edit(source, {"session_options": [1]})
+
+
 def _other_library(source: Path) -> None:
     _edit(source, {"session_options": {"custom_ops_library": "libother.so"}})
 
@@ -178,6 +187,8 @@ def _other_library(source: Path) -> None:
         (_no_decoder, r"has no section model\.decoder"),
         (_pipeline, "pipeline of several models"),
         (_missing_model, r"names other\.onnx, which is not there"),
+        (_outside, r"names the decoder \.\./model\.onnx, outside the folder"),
+        (_odd_options, "session_options of its decoder is no object"),
         (_other_library, r"already loads libother\.so"),
     ],
 )
@@ -185,7 +196,7 @@ def test_folders_that_cannot_be_converted(source: Path, spoil: Any, reason: str)
     spoil(source)
     with pytest.raises(ModelError, match=reason):
         fptq_onnx.convert(source, source.parent / "target")
-    assert list(source.parent.iterdir()) == [source]
+    assert {path.name for path in source.parent.iterdir()} <= {source.name, "model.onnx"}
 
 
 @pytest.mark.parametrize(
@@ -210,5 +221,6 @@ def test_outputs_that_cannot_be_written(source: Path, target: str, reason: str) 
 def test_an_empty_folder_is_filled(source: Path) -> None:
     target = source.parent / "target"
     target.mkdir()
+    _edit(source, {"session_options": None})
     fptq_onnx.convert(source, target, recipe=recipe(), verify_tokens=0)
     assert (target / "model.onnx").is_file()

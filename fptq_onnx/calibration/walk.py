@@ -38,7 +38,7 @@ class Walk:
         inputs: Of the model.
         batches: Feeds by input name; iterated for every run, so not a generator.
         states: Where hidden states are kept.
-        leading_tokens: See `observe`.
+        leading_tokens: Positions of each sequence that are TokenGroup.LEADING, the others being REST.
         session_factory: Makes the sessions.
         last: Index of the last segment that matters; behind it no state is kept.
     """

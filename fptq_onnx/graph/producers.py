@@ -10,7 +10,7 @@ value projection, as attention weights sum to one), and every layer that reads i
 
 from __future__ import annotations
 
-__all__ = ["ScaleSite", "ScaleTarget", "ShiftSite", "find_input_scale", "find_scale_site", "find_shift_site"]
+__all__ = ["ScaleSite", "ScaleTarget", "ShiftSite", "find_scale_site", "find_shift_site"]
 
 import dataclasses
 import math
@@ -164,20 +164,6 @@ def find_shift_site(group: ActivationGroup, linears: LinearSearch) -> ShiftSite:
         return _shift_site(trail, group, layers, attentions)
     except LayoutError as error:
         return ShiftSite(str(error), None, np.arange(group.k, dtype=np.int64))
-
-
-def find_input_scale(layer: LinearLayer) -> ScaleTarget | None:
-    """Describe how to multiply row k of a layer's weight by s[k] in the graph.
-
-    Returns:
-        The target; None where the weight's path has other readers or a DequantizeLinear, so that only a new weight
-        (``layer.weight_array()`` times s) in place of node input 1 will do.
-    """
-    axis = 1 if _flag(layer.node, "transB") else 0
-    try:
-        return _target(layer.node, 1, axis, np.arange(layer.k, dtype=np.int64))
-    except LayoutError:
-        return None
 
 
 def _site(trail: Trail, group: ActivationGroup, layers: Mapping[ir.Node, LinearLayer]) -> ScaleSite:

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sessions import unfused_session
+from whole_model import ObservedActivation, calibrate, observe
 
 from fptq_onnx.calibration.memory_session import memory_session
 from fptq_onnx.calibration.nodes import NodeBuilder
 from fptq_onnx.calibration.observation import build_observation
 from fptq_onnx.calibration.observers import Observer, StatisticsObserver, TokenGroup
-from fptq_onnx.calibration.runner import ObservedActivation, calibrate, observe
 from fptq_onnx.errors import CalibrationError
 from fptq_onnx.graph.feeds import describe_inputs
 from fptq_onnx.quantization.statistics import ActivationStatistics
@@ -75,11 +75,11 @@ def assert_same(a: ActivationStatistics, b: ActivationStatistics, what: str = ""
 def test_every_rank_and_type(opset):
     ids = RNG.integers(0, VOCABULARY, (3, 4))
     model = token_model(opset)
-    result = calibrate(model, [*ALIGNED, "pooled", "hidden"], [{"input_ids": ids}], threads=1)
+    result = calibrate(model, [*ALIGNED, "pooled", "hidden"], [{"input_ids": ids}])
     assert list(result) == [*ALIGNED, "pooled"]
     for name, expected in activations_of(ids).items():
         assert_same(result[name].all, ActivationStatistics.from_activations(expected), name)
-        assert result[name].leading is None and result[name].name == name
+        assert result[name].leading is None
 
 
 sequences = st.lists(st.lists(st.integers(0, VOCABULARY - 1), min_size=6, max_size=6), min_size=1, max_size=6)
@@ -95,7 +95,7 @@ def test_batching_never_changes_a_statistic(rows, data):
 
     def run(batches: list[np.ndarray]) -> dict[str, ObservedActivation]:
         feeds = [{"input_ids": batch} for batch in batches]
-        return calibrate(model, [*ALIGNED, "pooled"], feeds, leading_tokens=leading, threads=1)
+        return calibrate(model, [*ALIGNED, "pooled"], feeds, leading_tokens=leading)
 
     whole, split = run([ids]), run(np.split(ids, cuts))
     for name, expected in activations_of(ids).items():
@@ -121,7 +121,7 @@ def test_chunking_sequences_into_tokens_never_changes_a_statistic(rows, data):
     cuts = sorted(data.draw(st.sets(st.integers(1, 5), max_size=3)))
     pieces = [{"input_ids": row[None, part]} for row in ids for part in np.split(np.arange(6), cuts)]
     model = token_model()
-    whole, split = (calibrate(model, ALIGNED, feeds, threads=1) for feeds in ([{"input_ids": ids}], pieces))
+    whole, split = (calibrate(model, ALIGNED, feeds) for feeds in ([{"input_ids": ids}], pieces))
     for name in ALIGNED:
         assert_same(whole[name].all, split[name].all, name)
 
@@ -138,7 +138,7 @@ def test_padding_is_not_counted(rows, leading, data):
     # An unpadded batch before and after: masks are built in when the first padded batch comes.
     full = np.zeros((2, 6), np.int64)
     feeds = [{"input_ids": full}, {"input_ids": ids, "attention_mask": mask}, {"input_ids": full}]
-    result = calibrate(token_model(), ALIGNED, feeds, leading_tokens=leading, threads=1)
+    result = calibrate(token_model(), ALIGNED, feeds, leading_tokens=leading)
     for name in ALIGNED:
         flat = activations_of(np.concatenate([full, ids, full]))[name].reshape(-1, K)
         ones, lead = np.ones((2, 6), bool), np.broadcast_to(np.arange(6) < leading, (2, 6))
@@ -184,7 +184,7 @@ def test_optimized_and_unfused_sessions_agree(tiny_llama):
     observe(model, observers, batches, session_factory=unfused_session)
     tolerance = 1e-4 if tiny_llama.dtype == "float32" else 2e-2
     for name, observer in zip(names, observers, strict=True):
-        optimized = calibrate(model, [name], batches, threads=1)[name].all
+        optimized = calibrate(model, [name], batches)[name].all
         assert optimized.absmax == pytest.approx(observer.statistics.absmax, rel=tolerance)
 
 
@@ -217,11 +217,10 @@ class GramObserver(Observer):
 def test_an_observer_may_read_several_values(values):
     ids = RNG.integers(0, VOCABULARY, (4, 3))
     observers = [GramObserver(*values), StatisticsObserver("embedded"), GramObserver(*values, tokens=TokenGroup.REST)]
-    data = observe(token_model(), observers, [{"input_ids": ids[:3]}, {"input_ids": ids[3:]}], leading_tokens=1)
+    observe(token_model(), observers, [{"input_ids": ids[:3]}, {"input_ids": ids[3:]}], leading_tokens=1)
     x, y = (activations_of(ids)[name] for name in values)
     np.testing.assert_array_equal(observers[0].total, np.einsum("bsi,bsj->ij", x, y))
     np.testing.assert_array_equal(observers[2].total, np.einsum("bsi,bsj->ij", x[:, 1:], y[:, 1:]))
-    assert (data.batches, data.sequences, data.tokens) == (2, 4, 12)
 
 
 def value_model(dtype: str = "float") -> ir.Model:
@@ -239,7 +238,7 @@ def test_non_finite_activations_are_named(bad, dtype):
     with pytest.raises(
         CalibrationError, match=r"^calibration batch 2, activation doubled: is NaN or infinite in 1 of 33"
     ):
-        calibrate(model, ["doubled"], [{"x": np.ones((33, 130), dtype)}, {"x": x}], threads=1)
+        calibrate(model, ["doubled"], [{"x": np.ones((33, 130), dtype)}, {"x": x}])
 
 
 def test_magnitudes_beyond_the_histogram_fall_in_its_last_bin():
@@ -248,7 +247,7 @@ def test_magnitudes_beyond_the_histogram_fall_in_its_last_bin():
         with np.errstate(over="ignore"):
             expected = x / 4 * np.float32(sign)
         assert_same(
-            calibrate(value_model(), [name], [{"x": x / 4}], threads=1)[name].all,
+            calibrate(value_model(), [name], [{"x": x / 4}])[name].all,
             ActivationStatistics.from_activations(expected),
         )
 
@@ -314,7 +313,7 @@ def test_weights_of_any_kind_reach_the_session(tmp_path):
 )
 def test_data_and_names_that_do_not_fit(activations, batches, kwargs, reason):
     with pytest.raises(CalibrationError, match=reason):
-        calibrate(token_model(), activations, batches, threads=1, **kwargs)
+        calibrate(token_model(), activations, batches)
 
 
 def test_leading_tokens_take_sequences():

@@ -7,9 +7,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from whole_model import calibrate
 
 from fptq_onnx.calibration.data import calibration_data, feeds_data, npz_data, random_data, reader_data, text_data
-from fptq_onnx.calibration.runner import calibrate, observe
 from fptq_onnx.calibration.tokens import (
     encode_text,
     encode_windows,
@@ -120,6 +120,10 @@ class Reader:
         return next(self.batches, None)
 
 
+def _activation(model):
+    return next(n.inputs[0].name for n in model.graph if n.op_type == "MatMul" and n.inputs[1].is_initializer())
+
+
 @pytest.mark.parametrize("wrap", [list, iter, Reader, tuple])
 def test_every_batch_of_readers_and_iterables_counts(wrap, tiny_llama):
     model = ir.load(tiny_llama.path)
@@ -128,11 +132,8 @@ def test_every_batch_of_readers_and_iterables_counts(wrap, tiny_llama):
                             describe_inputs(model))  # fmt: skip
     assert data.source == ("reader" if wrap is Reader else "feeds") and data.description
     assert data.count == (3 if wrap in (list, tuple) else None)
-    name = next(n.inputs[0].name for n in model.graph if n.op_type == "MatMul" and n.inputs[1].is_initializer())
-    seen = observe(model, [], data)
-    assert (seen.batches, seen.sequences, seen.tokens) == (3, 5, 30)
-    batches = [{"input_ids": ids}]
-    assert calibrate(model, [name], calibration_data(batches, describe_inputs(model)))[name].all.tokens == 30
+    name = _activation(model)
+    assert calibrate(model, [name], data)[name].all.tokens == 30
 
 
 def test_onnxruntime_readers_are_readers():
@@ -240,6 +241,6 @@ def test_readers_and_feeds_that_are_empty_or_wrong():
     model = ir.load(families.model("llama", families.DYNAMO).path)
     for data in (reader_data(Reader([])), feeds_data([])):
         with pytest.raises(CalibrationError, match="calibration data: hold no batch"):
-            calibrate(model, [], data)
+            calibrate(model, [_activation(model)], data)
     with pytest.raises(CalibrationError, match="calibration batch 1: is a list"):
-        calibrate(model, [], feeds_data([[1, 2]]))
+        calibrate(model, [_activation(model)], feeds_data([[1, 2]]))

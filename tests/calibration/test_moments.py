@@ -9,6 +9,7 @@ import onnx_ir as ir
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from whole_model import observe
 
 from fptq_onnx.calibration.moments import (
     BYTES_PER_ENTRY,
@@ -17,7 +18,7 @@ from fptq_onnx.calibration.moments import (
     SecondMomentObserver,
     passes_within,
 )
-from fptq_onnx.calibration.runner import ObservedRun, observe, token_masks
+from fptq_onnx.calibration.runner import ObservedRun, token_masks
 from fptq_onnx.errors import CalibrationError
 
 K = 6

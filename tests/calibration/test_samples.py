@@ -6,8 +6,8 @@ import numpy as np
 import onnx_ir as ir
 from hypothesis import given
 from hypothesis import strategies as st
+from whole_model import observe
 
-from fptq_onnx.calibration.runner import observe
 from fptq_onnx.calibration.samples import SampleObserver, sample_stride
 
 K = 3

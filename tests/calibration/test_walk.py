@@ -11,10 +11,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from sessions import unfused_session
+from whole_model import observe
 
 from fptq_onnx.calibration.moments import SecondMomentObserver
 from fptq_onnx.calibration.observers import Observer, StatisticsObserver
-from fptq_onnx.calibration.runner import observe
 from fptq_onnx.calibration.walk import Walk, weights_in_memory
 from fptq_onnx.errors import CalibrationError
 from fptq_onnx.graph.activation_groups import group_by_activation

@@ -57,8 +57,8 @@ def test_folding_every_site_keeps_the_outputs(tiny_model: families.TinyModel, tm
     feeds = tiny_model.feeds(tiny_model.token_ids())
     before = run(model, feeds, tmp_path, activations)
     scales = [_scale(site, seed) for seed, (_, site) in enumerate(sites)]
-    for (group, site), scale in zip(sites, scales, strict=True):
-        fold(model, site, group, scale)
+    for (group, _), scale in zip(sites, scales, strict=True):
+        fold(model, group, scale)
     after = run(model, feeds, tmp_path, activations)
     tolerance = 2e-2 if tiny_model.dtype == "float16" else 1e-4
     logits = before["logits"].astype(np.float32)
@@ -107,7 +107,7 @@ def test_cache_of_the_folded_model_decodes_to_the_same_logits(family: str, tmp_p
     cached = [(g, s) for g, s in _sites(model, linears) if s.scales_cache]
     assert [g.layers[0].role for g, _ in cached] == ["o"] * tiny.blocks
     for seed, (group, site) in enumerate(cached):
-        fold(model, site, group, _scale(site, seed))
+        fold(model, group, _scale(site, seed))
     np.testing.assert_allclose(decode(model), before, rtol=0, atol=1e-4 * np.abs(before).max())
 
 
@@ -145,7 +145,7 @@ def _only_site(tmp_path: Path, body: str, signature: str = SIGNATURE, position: 
 def _check_fold(model, group: ActivationGroup, site: ScaleSite, tmp_path: Path) -> None:
     before = run(model, X, tmp_path, [group.activation])
     scale = _scale(site, 3)
-    fold(model, site, group, scale)
+    fold(model, group, scale)
     after = run(model, X, tmp_path, [group.activation])
     for name in {output.name for output in model.graph.outputs}:
         np.testing.assert_allclose(after[name], before[name], rtol=0, atol=1e-4 * np.abs(before[name]).max())

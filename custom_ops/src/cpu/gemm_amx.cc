@@ -93,17 +93,7 @@ struct Tiles {
 
 }  // namespace
 
-const Kernels kAmxKernels = {"amx",
-                             Gemm,
-                             avx512vnni::PrepareRows,
-                             avx512vnni::QuantizeRows,
-                             avx512vnni::NormRows,
-                             avx512vnni::SiluMulRows,
-                             avx512vnni::RotateHead,
-                             avx512vnni::Attend,
-                             kMaxPanelRows,
-                             "avx512vnni",
-                             kTileRows};
+const Kernels kAmxKernels = TileKernels("amx");
 
 }  // namespace fptq::cpu
 FPTQ_TARGET_END

@@ -57,15 +57,7 @@ struct Tiles {
 
 }  // namespace
 
-const Kernels kEmulatedAmxKernels = {"amx (emulated tiles)",
-                                     Gemm,
-                                     avx512vnni::PrepareRows,
-                                     avx512vnni::QuantizeRows,
-                                     avx512vnni::NormRows,
-                                     avx512vnni::SiluMulRows,
-                                     avx512vnni::RotateHead,
-                                     avx512vnni::Attend,
-                                     kMaxPanelRows};
+const Kernels kEmulatedAmxKernels = TileKernels("amx (emulated tiles)");
 
 }  // namespace fptq::cpu
 FPTQ_TARGET_END

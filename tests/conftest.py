@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import families
 import real_model
+from hypothesis import settings
+
+# HYPOTHESIS_PROFILE=ci, as continuous integration sets it: the same examples whenever the same tests run, so that a run
+# fails for the change that it is of. Without it examples are new each time, which is how rare cases come up.
+settings.register_profile("ci", derandomize=True, print_blob=True)
+if profile := os.environ.get("HYPOTHESIS_PROFILE"):
+    settings.load_profile(profile)
 
 
 def _identifier(parameter: object) -> str:

@@ -15,6 +15,7 @@ import families
 import pytest
 from cpu_bench.peers import OPENVINO
 from cpu_bench.timing import measure
+from cpu_bench.variants import write_variant
 
 COMMON = {"kind", "created", "commit", "command", "machine", "protocol", "rows"}
 
@@ -68,6 +69,14 @@ def test_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert "PackedRotaryGroupQueryAttention" in profile["W4A8"]
         assert "GroupQueryAttention" in profile["W4A8 onnxruntime attention"]
         assert "QuantizeLinear" in profile["W4A8 unfused"] and "MatMul (head)" in profile["W4A8 float head"]
+
+
+def test_a_kept_form_of_another_decoder_is_not_taken(tmp_path: Path) -> None:
+    written = []
+    for architecture in ("llama", "llama", "qwen2"):
+        path = write_variant("W4A8", families.model(architecture, families.GENAI_FP32).path, tmp_path)
+        written.append((path.read_bytes(), path.stat().st_mtime_ns))
+    assert written[0] == written[1] and written[0][0] != written[2][0]
 
 
 def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

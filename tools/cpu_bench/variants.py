@@ -12,7 +12,7 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from fptq_onnx import ops
 from fptq_onnx.graph.linears import LinearLayer, find_linears
-from fptq_onnx.graph.model_file import load_model, save_model
+from fptq_onnx.graph.model_file import load_model, save_model, source_files
 from fptq_onnx.graph.roles import Role
 from fptq_onnx.passes.add_functions import AddFunctionsPass
 from fptq_onnx.passes.editing import add_constant, replace_node
@@ -21,6 +21,7 @@ from fptq_onnx.passes.fuse_quantize import FuseQuantizePass
 from fptq_onnx.passes.replace_linears import LayerQuantization, PerTokenQuantizer, StaticQuantizer
 from fptq_onnx.passes.to_w4a8 import ToW4A8Pass
 from fptq_onnx.quantization.int4 import MAX_MULTIPLE, quantize_weight
+from fptq_onnx.storage.fingerprint import file_fingerprint
 
 __all__ = ["VARIANTS", "write_variant"]
 
@@ -29,16 +30,20 @@ STATIC, PER_TOKEN = StaticQuantizer(1 / 16, 128), PerTokenQuantizer()
 
 
 def write_variant(name: str, source: Path, folder: Path) -> Path:
-    """Return the model of one name in `VARIANTS`, made from `source` unless `folder` holds it already.
+    """Return the model of one name in `VARIANTS`, made from `source` unless `folder` holds just that already.
 
     Weights are rounded to nearest and static scales are made up: nothing but the time of such a model means anything.
     """
     if name == "float32":
         return source
     target = folder / name.replace(" ", "-") / "model.onnx"
-    if not target.exists():
+    made_of = target.with_name("source.sha256")  # written last: what an interrupted run left is made again
+    wanted = file_fingerprint(source, source_files(load_model(source)))
+    if not made_of.is_file() or made_of.read_text(encoding="utf-8") != wanted:
         target.parent.mkdir(parents=True, exist_ok=True)
+        made_of.unlink(missing_ok=True)
         VARIANTS[name](source, target)
+        made_of.write_text(wanted, encoding="utf-8")
     return target
 
 

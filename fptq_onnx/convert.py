@@ -226,7 +226,9 @@ def convert(
             if not any(entry.is_quantized for entry in made.layers):
                 raise NothingQuantizedError(str(source), why_nothing(made), "Change include and exclude, or the plan")
             if dry_run:
-                write_text(target.with_suffix(".plan.json"), made.to_json())
+                path = target.with_suffix(".plan.json")
+                write_text(path, made.to_json())
+                report.plan = str(path)
                 return _finish(report, watch, progress)
 
             with watch.stage("equalize"):

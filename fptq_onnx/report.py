@@ -120,6 +120,8 @@ class Report:
     bytes_after: int | None
     segments: str
     embedding: str = "float"
+    plan: str | None = None
+    """The plan file that a dry run wrote."""
     verification: Verification | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     segment_seconds: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -226,6 +228,8 @@ def show(report: Report, console: Console) -> None:
     )
     if report.embedding != "float":
         console.print(f"embedding: {escape(report.embedding)}")
+    if report.plan is not None:
+        console.print(f"plan: {escape(report.plan)} (edit it, and carry it out with --plan)")
     if report.bytes_after is not None:
         ratio = report.bytes_after / report.bytes_before
         console.print(f"{report.bytes_before / 1e6:.1f} MB -> {report.bytes_after / 1e6:.1f} MB ({ratio:.0%})")

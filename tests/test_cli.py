@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -148,8 +149,8 @@ def test_convert_options(model: Path, text: Path, tmp_path: Path) -> None:
 
 
 def test_dry_run_and_plan(model: Path) -> None:
-    assert _run("convert", model, *GROUP_32, "--dry-run").exit_code == 0
     path = model.with_name("model.fptq.plan.json")
+    assert f"plan: {path} (edit it" in _run("convert", model, *GROUP_32, "--dry-run").stdout.replace("\n", "")
     assert not model.with_name("model.fptq.onnx").exists()
     edited = json.loads(path.read_text())
     for entry in edited["layers"]:
@@ -238,6 +239,9 @@ def test_evaluate(model: Path, text: Path) -> None:
     assert both["tokens"] == 60 and both["kl_mean"] > 0 and 0 < both["top1_agreement"] < 1
     floats = json.loads(_run("evaluate", model, *arguments[2:], "--json").stdout)
     # The folder of a model stands for it, as for the other commands.
+    (model.parent / "one.txt").write_text("one")
+    short = ("evaluate", model, "--text", model.parent / "one.txt", *arguments[4:])
+    assert re.search(r"one\.txt: holds \d+ tokens, less than one window of \d+\. Give more", _fails(1, *short))
     in_folder = json.loads(_run("evaluate", model.parent, *arguments[2:], "--json").stdout)
     assert in_folder["perplexity"] == floats["perplexity"]
     assert floats["perplexity"] == pytest.approx(both["reference_perplexity"], rel=1e-5)

@@ -100,8 +100,13 @@ def encode_windows(tokenizer: Tokenizer, text: str, length: int, where: str = "t
     return np.array(full, np.int64)
 
 
-def token_windows(token_ids: npt.ArrayLike, length: int) -> TokenIds:
+def token_windows(token_ids: npt.ArrayLike, length: int, where: str = "text") -> TokenIds:
     """Consecutive windows [n, length] of token ids, without overlap; the rest is dropped.
+
+    Args:
+        token_ids: Ids of the whole text.
+        length: Tokens per window.
+        where: How to name the text in an error.
 
     Raises:
         CalibrationError: There are fewer than `length` ids.
@@ -110,7 +115,7 @@ def token_windows(token_ids: npt.ArrayLike, length: int) -> TokenIds:
     count = ids.size // length
     if count == 0:
         raise CalibrationError(
-            "text", f"holds {ids.size} tokens, less than one window of {length}", "Give more text or a shorter window"
+            where, f"holds {ids.size} tokens, less than one window of {length}", "Give more text or a shorter window"
         )
     return ids[: count * length].reshape(count, length)
 

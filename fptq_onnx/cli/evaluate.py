@@ -59,6 +59,7 @@ def evaluate(
         against=None if against is None else open_language_model(find_model(against), provider.value),
         window=window,
         max_tokens=max_tokens,
+        text=str(text),
         progress=TerminalProgress(),
     )
     if as_json:

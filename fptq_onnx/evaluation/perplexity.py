@@ -139,6 +139,7 @@ def evaluate(
     against: LanguageModel | None = None,
     window: int = 512,
     max_tokens: int | None = None,
+    text: str = "text",
     progress: Progress | None = None,
 ) -> Evaluation:
     """Perplexity of `model`, and its divergence from `against` on the same windows, one window in memory at a time.
@@ -152,6 +153,7 @@ def evaluate(
         against: The reference, normally the float model.
         window: Tokens per window, shortened to what the model takes; a fixed sequence length overrides it.
         max_tokens: Stop at the last whole window within this many predicted tokens (but take one at least).
+        text: How to name the text in an error.
         progress: Told of each window.
 
     Raises:
@@ -161,7 +163,7 @@ def evaluate(
     window = model.inputs.window(window)
     if window < 2:
         raise CalibrationError("window", f"of {window} tokens predicts nothing", "Use windows of 2 tokens or more")
-    windows = token_windows(token_ids, window)
+    windows = token_windows(token_ids, window, text)
     if max_tokens is not None:
         windows = windows[: max(1, max_tokens // (window - 1))]
     model.check_causal(windows[0])

@@ -88,9 +88,8 @@ _TABLE_ALONE = Row(
     "paper",
     _INT8_TABLE | {"layers.include": ["lm_head"]},
 )
-# The table in four bits: with the head, beside an int8 head, and what either costs by itself.
+# The table in four bits: with the head, and what the lookup costs by itself.
 _INT4_ROWS: tuple[Row, ...] = (
-    Row("int4-embedding", "balanced, int4 embedding beside the int8 head", "paper", _BALANCED | _INT4_EMBEDDING),
     Row("int4-table", "balanced, int4 head and embedding, one table", "paper", _BALANCED | _INT4_TABLE),
     Row(
         "int4-embedding-alone",

@@ -30,13 +30,18 @@ def vocabulary_size(graph: ir.Graph, token_ids: ir.Value) -> int | None:
 
 
 def token_lookups(graph: ir.Graph) -> list[ir.Node]:
-    """The Gathers, along axis 0, that look the token ids up in a constant float table [vocabulary, hidden]."""
+    """The Gathers, along axis 0, that look the token ids up in a constant float table [vocabulary, hidden].
+
+    None of a graph that looks them up in integers: its embedding is quantized, and its float tables hold the scales.
+    """
     found = []
     for node, source, _, _ in _tables(graph):
-        table = node.inputs[0]
-        floats = table is not None and (table.dtype is None or table.dtype.is_floating_point())
-        axis = node.attributes.get_int("axis", 0)
-        if node.op_type == "Gather" and axis == 0 and floats and source.name in TOKEN_NAMES and source.is_graph_input():
+        if node.op_type != "Gather" or source.name not in TOKEN_NAMES or not source.is_graph_input():
+            continue
+        dtype = _table_type(node.inputs[0])
+        if dtype is not None and not dtype.is_floating_point():
+            return []
+        if node.attributes.get_int("axis", 0) == 0:
             found.append(node)
     return found
 
@@ -124,6 +129,16 @@ def _constant_shape(table: ir.Value | None) -> tuple[int, ...] | None:
         transposed ^= node.op_type == "Transpose"
         table = node.inputs[0]
     return None
+
+
+def _table_type(table: ir.Value | None) -> ir.DataType | None:
+    """Type of a table, also where a file does not say what a Transpose of it gives."""
+    while table is not None and table.dtype is None:
+        step = table.producer()
+        if step is None or step.op_type not in ("Transpose", "Identity"):
+            break
+        table = step.inputs[0]
+    return None if table is None else table.dtype
 
 
 def _width(value: ir.Value | None) -> int | None:

@@ -85,11 +85,13 @@ def find_tied_heads(model: ir.Model) -> dict[str, TiedHead]:
 class QuantizeEmbeddingPass(ir.passes.InPlacePass):
     """Gather(table, ids) -> rows of integers times their scales. Run it when the layers are replaced.
 
-    A table in the layout of the head's weight, [hidden, vocabulary], is read by standard operators: Gather along the
-    vocabulary, Transpose, Mul. Its int4 form is cast to int8 in front of the Gather, which onnxruntime does once, at
-    session creation (ONNX has no Gather for int4). onnxruntime's GatherBlockQuantized reads int4 itself, but only rows:
-    its CUDA kernel counts blocks along the last axis, whatever `quantize_axis` says, and for columns its CPU kernel
-    takes 8 times as long as the standard operators. So rows are written where no head of ours has the same integers.
+    A table in the layout of the head's weight, [hidden, vocabulary], is turned into rows of int8 in front of the lookup
+    by standard operators that read constants only: onnxruntime runs them once, at session creation, and keeps their
+    result (one byte per value, also of an int4 table: ONNX has no Gather for int4). Gather along the vocabulary itself
+    would need no copy, but a token's values lie in as many pages of memory as the model has channels: 512 tokens of
+    SmolLM2 took 13 to 25 ms of a prefill of 400. onnxruntime's GatherBlockQuantized reads int4 itself, but only rows:
+    its CUDA kernel counts blocks along the last axis whatever `quantize_axis` says, and its CPU kernel takes 8 times as
+    long as Gather for columns. So int4 rows are written where no head of ours has the same integers.
 
     Args:
         method: "int8", a scale per token; or "int4", a scale per group of a token's channels, with the clip range of
@@ -123,13 +125,13 @@ class QuantizeEmbeddingPass(ir.passes.InPlacePass):
             found = root_initializer(lookup.inputs[0])
             assert ids is not None and found is not None
             dtype = output.dtype or found[0].dtype
-            if ids.shape is None or dtype is None:
-                self.outcome = f"float: the shape of the ids or the type of {lookup.name} is not known"
+            if dtype is None:
+                self.outcome = f"float: the type of {lookup.name} is not known"
                 logger.warning("embedding %s: %s", lookup.name, self.outcome)
                 continue
             table = self._of_head(graph, lookup) or self._own(graph, lookup, dtype)
             build = _gather_rows if table.rows else _gather_columns
-            replace_node(lookup, list(build(graph, str(lookup.name), table, ids, ids.shape, dtype)))
+            replace_node(lookup, list(build(graph, str(lookup.name), table, ids, dtype)))
             if table.rows:
                 model.graph.opset_imports.setdefault(MICROSOFT, 1)
             modified = True
@@ -224,81 +226,85 @@ def _weight_of(node: ir.Node) -> tuple[_Table | None, str]:
     return _Table(integers, scale, block, rows=node.op_type == "MatMulNBits"), stored
 
 
-def _gather_columns(
-    graph: ir.Graph, name: str, table: _Table, ids: ir.Value, shape: ir.Shape, dtype: ir.DataType
-) -> Iterator[ir.Node]:
-    """Columns of [hidden, vocabulary] for ids [...]: [hidden, ...], then [..., hidden], in float times the scale."""
-    last = [*range(1, len(shape) + 1), 0]
+def _gather_columns(graph: ir.Graph, name: str, table: _Table, ids: ir.Value, dtype: ir.DataType) -> Iterator[ir.Node]:
+    """Columns of [hidden, vocabulary] for ids [...]: [..., hidden] in float times the scale."""
     integers, scale = table.integers, table.scale
     grouped = scale.shape is not None and len(scale.shape) == 2
     if grouped:
-        bytes_of = cast(integers, ir.DataType.INT8, f"{name}.table_int8")
-        yield bytes_of
-        integers = bytes_of.outputs[0]
-    gathered = ir.node("Gather", [integers, ids], {"axis": 1}, name=f"{name}.columns")
-    yield gathered
-    rows = ir.node("Transpose", [gathered.outputs[0]], {"perm": last}, name=f"{name}.rows")
+        as_bytes = cast(integers, ir.DataType.INT8, f"{name}.table_int8")
+        yield as_bytes
+        integers = as_bytes.outputs[0]
+        turned = _transposed(scale, f"{name}.scale_rows")
+        yield turned
+        scale = turned.outputs[0]
+    rows = _transposed(integers, f"{name}.table_rows")
     yield rows
-    digits = cast(rows.outputs[0], ir.DataType.FLOAT, f"{name}.digits")
+    gathered = ir.node("Gather", [rows.outputs[0], ids], {"axis": 0}, name=f"{name}.row")
+    yield gathered
+    digits = cast(gathered.outputs[0], ir.DataType.FLOAT, f"{name}.digits")
     yield digits
-    scales = ir.node("Gather", [scale, ids], {"axis": int(grouped)}, name=f"{name}.scales")
+    scales = ir.node("Gather", [scale, ids], {"axis": 0}, name=f"{name}.scales")
     yield scales
     factors = scales.outputs[0]
-    if dtype != ir.DataType.FLOAT or scale.dtype != ir.DataType.FLOAT:
+    if dtype != ir.DataType.FLOAT or table.scale.dtype != ir.DataType.FLOAT:
         wide = cast(factors, ir.DataType.FLOAT, f"{name}.scales_float")
         yield wide
         factors = wide.outputs[0]
     if not grouped:
         axis = ir.node("Constant", [], {"value": ir.tensor(np.array([-1], np.int64))}, name=f"{name}.last_axis")
         yield axis
-        factor = ir.node("Unsqueeze", [factors, axis.outputs[0]], name=f"{name}.scale_column")
-        yield factor
-    else:
-        factor = ir.node("Transpose", [factors], {"perm": last}, name=f"{name}.scale_groups")
-        yield factor
-        assert table.integers.shape is not None and scale.shape is not None
-        if scale.shape.numpy()[0] > 1:
-            groups = np.arange(table.integers.shape.numpy()[0], dtype=np.int64) // table.block
-            group = add_constant(graph, f"{name}.group_of_channel", groups)
-            factor = ir.node("Gather", [factor.outputs[0], group], {"axis": -1}, name=f"{name}.scale_channels")
-            yield factor
-    product = ir.node("Mul", [digits.outputs[0], factor.outputs[0]], name=f"{name}.dequantize")
+        column = ir.node("Unsqueeze", [factors, axis.outputs[0]], name=f"{name}.scale_column")
+        yield column
+        factors = column.outputs[0]
+    elif table.scale.shape is not None and table.scale.shape.numpy()[0] > 1:
+        assert table.integers.shape is not None
+        groups = np.arange(table.integers.shape.numpy()[0], dtype=np.int64) // table.block
+        group = add_constant(graph, f"{name}.group_of_channel", groups)
+        spread = ir.node("Gather", [factors, group], {"axis": -1}, name=f"{name}.scale_channels")
+        yield spread
+        factors = spread.outputs[0]
+    product = ir.node("Mul", [digits.outputs[0], factors], name=f"{name}.dequantize")
     yield product
     if dtype != ir.DataType.FLOAT:
         yield cast(product.outputs[0], dtype, f"{name}.cast")
 
 
-def _gather_rows(
-    graph: ir.Graph, name: str, table: _Table, ids: ir.Value, shape: ir.Shape, dtype: ir.DataType
-) -> Iterator[ir.Node]:
+def _transposed(matrix: ir.Value, name: str) -> ir.Node:
+    node = ir.node("Transpose", [matrix], {"perm": [1, 0]}, name=name)
+    node.outputs[0].name, node.outputs[0].type = name, matrix.type
+    if matrix.shape is not None:
+        node.outputs[0].shape = ir.Shape(matrix.shape.numpy()[::-1])
+    return node
+
+
+def _gather_rows(graph: ir.Graph, name: str, table: _Table, ids: ir.Value, dtype: ir.DataType) -> Iterator[ir.Node]:
     """Rows of [vocabulary, hidden], or of [vocabulary, groups, group] as MatMulNBits stores them."""
     assert table.integers.shape is not None
     stored = table.integers.shape.numpy()
-    in_groups, scale = len(stored) == 3, table.scale
+    in_groups, scale, looked_up = len(stored) == 3, table.scale, table.scale.dtype
     if in_groups:
-        if scale.dtype not in _LOOKED_UP:
+        if looked_up not in _LOOKED_UP:
             wide = cast(scale, ir.DataType.FLOAT, f"{name}.scales_float")
             yield wide
-            scale = wide.outputs[0]
-        dtype_of_scale = scale.dtype
+            scale, looked_up = wide.outputs[0], ir.DataType.FLOAT
         target = add_constant(graph, f"{name}.scale_shape", np.array([*stored[:2], 1], np.int64))
         shaped = ir.node("Reshape", [scale, target], name=f"{name}.scales")
         yield shaped
         scale = shaped.outputs[0]
-    else:
-        dtype_of_scale = scale.dtype
     attributes = {"gather_axis": 0, "quantize_axis": len(stored) - 1, "block_size": table.block}
     lookup = ir.node(
-        "GatherBlockQuantized", [table.integers, ids, scale], attributes, domain=MICROSOFT, name=f"{name}.rows"
+        "GatherBlockQuantized", [table.integers, ids, scale], attributes, domain=MICROSOFT, name=f"{name}.row"
     )
     yield lookup
     found = lookup.outputs[0]
     if in_groups:
-        target = add_constant(
-            graph, f"{name}.row_shape", np.array([0] * len(shape) + [stored[1] * table.block], np.int64)
-        )
-        joined = ir.node("Reshape", [found, target], name=f"{name}.channels")
+        tokens = ir.node("Shape", [ids], name=f"{name}.tokens")
+        yield tokens
+        width = add_constant(graph, f"{name}.width", np.array([stored[1] * table.block], np.int64))
+        target_shape = ir.node("Concat", [tokens.outputs[0], width], {"axis": 0}, name=f"{name}.row_shape")
+        yield target_shape
+        joined = ir.node("Reshape", [found, target_shape.outputs[0]], name=f"{name}.channels")
         yield joined
         found = joined.outputs[0]
-    if dtype_of_scale != dtype:
+    if looked_up != dtype:
         yield cast(found, dtype, f"{name}.cast")

@@ -15,6 +15,7 @@ from pass_models import parse
 from fptq_onnx.errors import ModelError
 from fptq_onnx.graph.feeds import describe_inputs
 from fptq_onnx.graph.linears import find_linears
+from fptq_onnx.graph.lookups import token_lookups
 from fptq_onnx.graph.model_file import load_model
 from fptq_onnx.passes.quantize_embedding import QuantizeEmbeddingPass
 from fptq_onnx.passes.replace_linears import LayerQuantization, StaticQuantizer
@@ -193,6 +194,7 @@ def test_tied_weights_are_stored_once(family: str, output_format: Format, method
     assert small.report.verification is not None and plain.report.verification is not None
     assert small.report.verification.kl_mean < (1.5 if method == "int8" else 4) * plain.report.verification.kl_mean
     assert describe_inputs(model).vocabulary == vocabulary
+    assert not token_lookups(model.graph)  # nothing left to quantize
 
 
 @pytest.mark.parametrize("changes", [INT8, INT4], ids=["int8", "int4"])

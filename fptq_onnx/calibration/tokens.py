@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,15 @@ from tokenizers import Tokenizer
 
 from fptq_onnx.errors import CalibrationError, why_unreadable
 
-__all__ = ["encode_text", "encode_windows", "find_tokenizer", "load_tokenizer", "read_text", "token_windows"]
+__all__ = [
+    "decode_continuation",
+    "encode_text",
+    "encode_windows",
+    "find_tokenizer",
+    "load_tokenizer",
+    "read_text",
+    "token_windows",
+]
 
 TokenIds = npt.NDArray[np.int64]
 PathLike = str | os.PathLike[str]
@@ -98,6 +107,12 @@ def encode_windows(tokenizer: Tokenizer, text: str, length: int, where: str = "t
     if not full:
         return _checked(np.array([encoding.ids], np.int64), where)
     return np.array(full, np.int64)
+
+
+def decode_continuation(tokenizer: Tokenizer, prompt: Sequence[int], continuation: Sequence[int]) -> str:
+    """Text that token ids add to a prompt's; decoded alone they could lose the blank in front (SentencePiece)."""
+    before, whole = tokenizer.decode(list(prompt)), tokenizer.decode([*prompt, *continuation])
+    return whole[len(before) :] if whole.startswith(before) else str(tokenizer.decode(list(continuation)))
 
 
 def token_windows(token_ids: npt.ArrayLike, length: int, where: str = "text") -> TokenIds:

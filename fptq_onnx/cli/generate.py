@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from fptq_onnx.calibration.tokens import encode_text, find_tokenizer, load_tokenizer
+from fptq_onnx.calibration.tokens import decode_continuation, encode_text, find_tokenizer, load_tokenizer
 from fptq_onnx.cli.common import (
     AsJson,
     OnProvider,
@@ -71,7 +71,10 @@ def generate(
     made = generate_greedily(
         opened, ids, max_new_tokens=max_new_tokens, stop=() if ignore_stop else stop_tokens(file.parent)
     )
-    texts = [None if coder is None else coder.decode(row) for row in made.token_ids]
+    texts = [
+        None if coder is None else decode_continuation(coder, given, new)
+        for given, new in zip(ids, made.token_ids, strict=True)
+    ]
     per_second = {
         "prefill_tokens_per_second": made.prefill_tokens / made.prefill_seconds,
         "decode_tokens_per_second": len(ids) * made.decode_steps / made.decode_seconds if made.decode_steps else None,

@@ -6,11 +6,12 @@ import families
 import numpy as np
 import onnx_ir as ir
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from whole_model import calibrate
 
 from fptq_onnx.calibration.data import calibration_data, feeds_data, npz_data, random_data, reader_data, text_data
 from fptq_onnx.calibration.tokens import (
+    decode_continuation,
     encode_text,
     encode_windows,
     find_tokenizer,
@@ -244,3 +245,16 @@ def test_readers_and_feeds_that_are_empty_or_wrong():
             calibrate(model, [_activation(model)], data)
     with pytest.raises(CalibrationError, match="calibration batch 1: is a list"):
         calibrate(model, [_activation(model)], feeds_data([[1, 2]]))
+
+
+def test_a_continuation_keeps_the_blank_in_front():
+    """Decoders of SentencePiece's kind strip it from the first token of what they are given."""
+    pieces = ["<s>", "▁Once", "▁upon", "▁a", "▁time", ","]
+    tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, "<s>"))
+    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.decoder = decoders.Metaspace()
+    assert tokenizer.decode([3, 4]) == "a time"
+    assert decode_continuation(tokenizer, [0, 1, 2], [3, 4]) == " a time"
+    assert decode_continuation(tokenizer, [0, 1, 2], [5]) == ","
+    assert decode_continuation(tokenizer, [0], [1]) == "Once"
+    assert decode_continuation(tokenizer, [1], []) == ""

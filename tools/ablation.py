@@ -134,6 +134,7 @@ def measure(model: str, row: Row, source: Path, output: Path, progress: Progress
         target.parent.mkdir(parents=True, exist_ok=True)
         few = {"calibration.windows": protocol.calibration_windows, "calibration.length": protocol.window}
         recipe = Recipe.load(row.recipe, (few if protocol.calibration_windows else {}) | row.changes)
+        figures["resolved"] = _resolved(row)
         wall, used = time.monotonic(), time.process_time()
         text = assets.brown_text(progress).calibration
         report = convert(
@@ -281,10 +282,23 @@ def _store(path: Path, figures: dict[str, Any]) -> None:
 def _load(path: Path, row: Row) -> dict[str, Any] | None:
     """The figures kept of a row; None if there are none, or none of the recipe that the row stands for now."""
     figures: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if figures and figures["changes"] != row.changes:
+    # A packaged recipe may have changed; fields that it has gained since stand for what was done before.
+    before, now = figures.pop("resolved", {}), _resolved(row)
+    if figures and (figures["changes"] != row.changes or before != {name: now.get(name) for name in before}):
         print(f"{row.name}: measured with another recipe, left out: measure it again", file=sys.stderr)
         return None
     return figures | {"title": row.title} if figures else None
+
+
+def _resolved(row: Row) -> dict[str, Any]:
+    """Every field of a row's recipe by its dotted name; none for the float model."""
+    sections = {} if row.recipe is None else Recipe.load(row.recipe, row.changes).resolved()
+    return {
+        f"{section}.{name}": value
+        for section, fields in sections.items()
+        if isinstance(fields, dict)
+        for name, value in fields.items()
+    }
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:

@@ -92,11 +92,12 @@ def _cpu_kernels(record: Record) -> str:
 
 
 def _cpu_models(record: Record) -> str:
-    names = list(record["rows"][0]["tokens_per_s"])
-    cells = [
-        [row["phase"], str(row["threads"]), *(f"{row['tokens_per_s'][name]:.0f}" for name in names)]
-        for row in record["rows"]
-    ]
+    # Rows of several records may compare with different peers.
+    names = list(dict.fromkeys(name for row in record["rows"] for name in row["tokens_per_s"]))
+    cells = []
+    for row in record["rows"]:
+        speeds = (row["tokens_per_s"].get(name) for name in names)
+        cells.append([row["phase"], str(row["threads"]), *("-" if x is None else f"{x:.0f}" for x in speeds)])
     return f"Tokens per second, all logits.\n\n{markdown_table(['', 'threads', *names], cells)}"
 
 
@@ -262,7 +263,13 @@ def draw(name: str, records: Sequence[Record]) -> str:
 
 
 def redraw(text: str, records: Sequence[Record]) -> str:
-    """`text` with every marked table drawn anew."""
+    """`text` with every marked table drawn anew.
+
+    Raises:
+        KeyError: As `draw`, or a table has no end: what stands behind it would be lost.
+    """
+    if not len(MARKED.findall(text)) == text.count("<!-- table: ") == text.count("<!-- end of table -->"):
+        raise KeyError("a marker of a table has no counterpart")
     return MARKED.sub(lambda match: f"{match[1]}{draw(match[2], records)}{match[3]}", text)
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
+from pathlib import Path
 
+import ablation
 import pytest
 from ablation_rows import ENCODER_ROWS, LANGUAGE_ROWS, RECIPE_ROWS, STEPS, Row
 from make_tables import draw
@@ -47,6 +50,24 @@ def test_the_packaged_recipes_are_rows(name: str, row: str) -> None:
 
     (wanted,) = (r for r in LANGUAGE_ROWS if r.name == row)
     assert choices(Recipe.load(name)) == choices(Recipe.load("paper", wanted.changes))
+
+
+def test_figures_of_another_recipe_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where the row says the same and the packaged recipe has changed; not where it gained a field."""
+    row = next(row for row in RECIPE_ROWS if row.name == "balanced")
+    fields = ablation._resolved(row)
+    assert fields["weights.rounding"] == "gptq"
+    for stored, kept in (
+        (fields, True),
+        ({name: fields[name] for name in list(fields)[:-3]}, True),
+        (fields | {"weights.rounding": "nearest"}, False),
+        (fields | {"weights.dropped": 1}, False),
+    ):
+        figures = {"changes": row.changes, "perplexity": 40.0, "resolved": stored}
+        (tmp_path / "row.json").write_text(json.dumps(figures))
+        assert (ablation._load(tmp_path / "row.json", row) is not None) == kept
+        assert ("measure it again" in capsys.readouterr().err) != kept
+    assert ablation._load(tmp_path / "row.json", Row("balanced", "", "balanced", {"weights.grid": "signed8"})) is None
 
 
 def test_the_table() -> None:

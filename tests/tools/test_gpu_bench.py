@@ -272,6 +272,31 @@ def test_tables_are_drawn_between_their_markers(tmp_path):
         make_tables.draw("x", [])
 
 
+@pytest.mark.parametrize("lost", ["<!-- table: gpu-operators -->\n", "<!-- end of table -->\n"])
+def test_a_marker_without_its_counterpart_is_refused(lost):
+    table = "<!-- table: gpu-operators -->\n<!-- end of table -->\n"
+    with pytest.raises(KeyError, match="no counterpart"):
+        make_tables.redraw(f"{table}prose\n{table}".replace(lost, "", 1), [])
+
+
+def test_processor_tables_take_records_with_different_peers():
+    rows = [
+        {"phase": "prefill 8", "threads": threads, "tokens_per_s": speeds}
+        for threads, speeds in ((1, {"float32": 10.0}), (2, {"float32": 20.0, "W4A8": 45.0}))
+    ]
+    machine = {"cpu": "x", "vector_sets": ["avx2"], "versions": {"onnxruntime": "1.31.1"}}
+    made = [
+        {"kind": "cpu-models", "created": "2026-11-25", "file": f"{i}.json", "machine": machine, "rows": [row]}
+        for i, row in enumerate(rows)
+    ]
+    cells = [
+        re.split(r" *\| *", line)
+        for line in make_tables.draw("cpu-models", made).splitlines()
+        if "| 8" in line or "prefill" in line
+    ]
+    assert [row[1:5] for row in cells] == [["prefill 8", "1", "10", "-"], ["prefill 8", "2", "20", "45"]]
+
+
 def test_committed_records_can_be_drawn():
     committed = records.load_records()
     for kind in {record["kind"] for record in committed} & make_tables.TABLES.keys():

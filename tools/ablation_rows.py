@@ -78,24 +78,25 @@ _WITHOUT: tuple[Row, ...] = (
     _instead("heads-only", "GPTQ, rotation of the heads alone", {"rotation.residual": False}),
     _instead("natural-order", "GPTQ in natural order", {"weights.order": "natural"}),
     _instead("no-token-cap", "GPTQ, attention sinks not capped", {"weights.token_cap": 0}),
-    _instead("bare-no-cap", "GPTQ without rotation, sinks not capped", _NO_ROTATION | {"weights.token_cap": 0}),
-    Row("balanced-no-cap", "balanced, sinks not capped", "paper", _BALANCED | {"weights.token_cap": 0}),
+    _instead("no-rotation-no-cap", "GPTQ without rotation and cap", _NO_ROTATION | {"weights.token_cap": 0}),
     _instead("float-weights", "activations only, no GPTQ", {"weights.format": "float"} | _FLOAT_TABLE),
 )
+# Not equalized: the scales would make the head's weights others than the table's.
+_TABLE_ONLY = {"layers.include": ["lm_head"], "activations.v1": 15}
 _TABLE_ALONE = Row(
     "int8-table-alone",
     "int8 head and embedding alone, all else float",
     "paper",
-    _INT8_TABLE | {"layers.include": ["lm_head"]},
+    _INT8_TABLE | _TABLE_ONLY,
 )
 # The table in four bits: with the head, and what the lookup costs by itself.
 _INT4_ROWS: tuple[Row, ...] = (
     Row("int4-table", "balanced, int4 head and embedding, one table", "paper", _BALANCED | _INT4_TABLE),
     Row(
         "int4-embedding-alone",
-        "int4 embedding and int8 head alone, all else float",
+        "int4 embedding, int8 head alone, all else float",
         "paper",
-        _INT8_TABLE | _INT4_EMBEDDING | {"layers.include": ["lm_head"]},
+        _INT8_TABLE | _INT4_EMBEDDING | _TABLE_ONLY,
     ),
 )
 _SEARCHED = _instead("search", "GPTQ, equalizer searched from 15 to 150", _SEARCH | {"activations.v1": 150})
@@ -146,4 +147,5 @@ RECIPE_ROWS: tuple[Row, ...] = (
     Row("balanced-no-rotation", "balanced without rotation", "balanced", _NO_ROTATION),
     Row("balanced-no-token-cap", "balanced, attention sinks not capped", "balanced", {"weights.token_cap": 0}),
     Row("accurate", "accurate", "accurate", {}),
+    Row("accurate-no-token-cap", "accurate, attention sinks not capped", "accurate", {"weights.token_cap": 0}),
 )

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from fptq_onnx.errors import ModelError
-from fptq_onnx.graph.constants import constant_array, root_initializer
+from fptq_onnx.graph.constants import constant_array, constant_shape, root_initializer
 from fptq_onnx.graph.linears import LinearLayer, find_linears
 from fptq_onnx.graph.lookups import token_lookups
 from fptq_onnx.passes.editing import add_constant, add_int4_constant, cast, replace_node
@@ -72,13 +72,14 @@ def find_tied_heads(model: ir.Model) -> dict[str, TiedHead]:
     found: dict[str, TiedHead] = {}
     layers = find_linears(model).layers
     for lookup in token_lookups(model.graph):
-        table = constant_array(lookup.inputs[0])
-        assert table is not None
-        for layer in layers:
-            if (layer.n, layer.k) == table.shape:
-                found[str(lookup.name)] = TiedHead(layer.name, layer.label, _holds(layer, table))
-                if found[str(lookup.name)].same:
-                    break
+        shape = _shape(lookup)
+        matching = [layer for layer in layers if (layer.n, layer.k) == shape]
+        table = constant_array(lookup.inputs[0]) if matching else None
+        for layer in matching:
+            assert table is not None
+            found[str(lookup.name)] = TiedHead(layer.name, layer.label, _holds(layer, table))
+            if found[str(lookup.name)].same:
+                break
     return found
 
 
@@ -154,7 +155,7 @@ class QuantizeEmbeddingPass(ir.passes.InPlacePass):
             return None
         if table is not None and table.rows and table.integers.shape is not None:
             padded = int(np.prod(table.integers.shape.numpy()[1:])) * 2
-            width = _width(lookup)
+            width = _shape(lookup)[1]
             if padded != width:
                 self.outcome += f", a table of its own: {head.label} fills up {width} channels to {padded}"
                 return None
@@ -196,10 +197,11 @@ def _holds(layer: LinearLayer, table: np.ndarray) -> bool:
     return np.array_equal(weight if layer.node.attributes.get_int("transB", 0) else weight.T, table)
 
 
-def _width(lookup: ir.Node) -> int:
-    table = constant_array(lookup.inputs[0])
-    assert table is not None
-    return int(table.shape[1])
+def _shape(lookup: ir.Node) -> tuple[int, ...]:
+    """Rows and columns of the table of a lookup, without reading it."""
+    found = root_initializer(lookup.inputs[0])
+    assert found is not None
+    return constant_shape(*found)
 
 
 def _largest_block(width: int, most: int) -> int:

@@ -169,6 +169,13 @@ def test_other_weights_are_not_tied(tmp_path: Path, output_format: Format) -> No
     assert sum(array.size >= V * 32 for array in table.values()) == 2
 
 
+def test_equal_copies_of_the_weights_are_tied(tmp_path: Path) -> None:
+    """Older exporters store the head's weight once more, transposed."""
+    model, weight = _tied(tmp_path, 64, np.ones(64, np.float32))
+    assert _rewritten(model, weight, "custom") == "int4, one table with the head"
+    assert sum(array.size >= V * 32 for array in constants(model).values()) == 1
+
+
 def test_a_float_head_is_not_shared(tmp_path: Path) -> None:
     model, _ = _tied(tmp_path, 64)
     assert _rewritten(model, None, "custom") == "int4, a table of its own: lm_head is float"

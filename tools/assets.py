@@ -195,7 +195,9 @@ def training_text(progress: Progress | None = None) -> Path:
     joined = rest / "training.txt"
     if not joined.is_file():
         parts = [(brown / "brown.txt").read_text(encoding="utf-8"), (rest / "speeches.txt").read_text(encoding="utf-8")]
-        joined.write_text("\n\n".join(parts), encoding="utf-8")
+        partial = joined.with_suffix(".partial")
+        partial.write_text("\n\n".join(parts), encoding="utf-8")
+        partial.replace(joined)
     return joined
 
 

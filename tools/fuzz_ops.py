@@ -41,12 +41,16 @@ def nodes(build: Path, cases: int, seed: int) -> dict[str, Any]:
         command = [program, str(share), str(seed + worker)]
         running.append(subprocess.Popen(command, env=os.environ | SANITIZERS, stdout=subprocess.PIPE, text=True))
     total: dict[str, Any] = {}
-    for process in running:
-        output, _ = process.communicate()
-        if process.returncode:
-            raise subprocess.CalledProcessError(process.returncode, process.args)
-        for name, value in json.loads(output).items():
-            total[name] = max(total.get(name, 0), value) if name == "seconds" else total.get(name, 0) + value
+    try:
+        for process in running:
+            output, _ = process.communicate()
+            if process.returncode:
+                raise subprocess.CalledProcessError(process.returncode, process.args)
+            for name, value in json.loads(output).items():
+                total[name] = max(total.get(name, 0), value) if name == "seconds" else total.get(name, 0) + value
+    finally:
+        for process in running:
+            process.kill()  # those that still run after a failure
     return total | {"seed": f"{seed}..{seed + workers - 1}"}
 
 

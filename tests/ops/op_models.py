@@ -21,8 +21,8 @@ DTYPES = {
     "bfloat16": ir.DataType.BFLOAT16,
 }
 NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-# Half the distance of neighbouring numbers, relative: what rounding a result to T may cost.
 ISA_VARIABLE = "FPTQ_CPU_ISA"
+# Half the distance of neighbouring numbers, relative: what rounding a result to T may cost.
 ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import op_models
 import pytest
 
+import fptq_onnx
 from fptq_onnx import ops
 from fptq_onnx.errors import RuntimeUnavailableError
 from fptq_onnx.ops import library
@@ -68,4 +69,4 @@ def test_exports_its_entry_points_only_and_needs_no_onnxruntime() -> None:
 
 
 def test_build_record_matches_the_package() -> None:
-    assert ops.library_info().version == "0.1.0"
+    assert ops.library_info().version == fptq_onnx.__version__

@@ -83,7 +83,7 @@ def test_figures_are_those_of_the_readme() -> None:
     assert result.top1_agreement == pytest.approx(float(agreement.rstrip("%")) / 100, abs=0.02)
     ratio = result.perplexity / result.reference_perplexity
     assert ratio == pytest.approx(float(perplexity) / float(exact[1]), rel=0.04)
-    assert report.bytes_after is not None and report.bytes_after / 1e6 == pytest.approx(float(megabytes), rel=0.02)
+    assert report.bytes_after is not None and report.bytes_after / 1e6 == pytest.approx(float(megabytes), rel=0.03)
 
 
 @pytest.mark.parametrize("version", ["1.23.2", "1.32.0"])

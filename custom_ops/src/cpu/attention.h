@@ -70,7 +70,7 @@ using RotateFunction = void (*)(const AttentionCall& call, const float* x, int64
 using AttendFunction = void (*)(const AttentionCall& call, const AttentionTask& task, float* scratch);
 int64_t AttendScratch(const AttentionCall& call, int64_t rows);
 
-/// How a call is cut into tasks. Depends on shapes only, so that results do not depend on the number of threads.
+/// How a call is cut into tasks, by shapes and lengths only, so that results do not depend on the number of threads.
 struct AttentionPlan {
   int64_t task_rows = 0;
   int64_t row_blocks = 0;

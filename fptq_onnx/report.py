@@ -49,7 +49,8 @@ class LayerReport:
         range: Calibrated activation range v of the layer's input, before equalization.
         scheme: `static`, `equalized-static`, `per-token` or `float`, as planned; the format matmulnbits keeps the
             activations of all of them float.
-        equalization: Where the equalization scale went: `norm: <weight>`, `linear: <layer>`, `mul: <why>`, or `none`.
+        equalization: Where the equalization scale went: `norm: <weight>`, `linear: <layer>`, `mul: <why>`, or `none`;
+            `+shift` behind the first word, or `shift: <bias>`, where the activation was shifted.
         weight_method: Grid and group of the integer weight, or `float`.
         snr_db: Signal-to-noise ratio of the layer's output, both models run whole; None if not verified. Infinite where
             nothing before the layer was quantized; JSON has no infinity, there it is null too.

@@ -17,7 +17,11 @@ import onnx_ir as ir
 
 import fptq_onnx
 from fptq_onnx.convert import Format
+from fptq_onnx.graph.activation_groups import group_by_activation
+from fptq_onnx.graph.linears import find_linears
 from fptq_onnx.graph.model_file import load_model
+from fptq_onnx.graph.producers import find_shift_site
+from fptq_onnx.passes.apply_equalization import ApplyEqualizationPass
 from fptq_onnx.recipe import Recipe
 from fptq_onnx.report import Report
 
@@ -84,3 +88,18 @@ def _folder() -> str:
     folder = tempfile.mkdtemp(prefix="fptq-tests-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
+
+
+def move_off_zero(model: ir.Model, reach: float) -> int:
+    """Move all channels that biases can move, by up to ``reach`` to either side; how many activations that are.
+
+    The model stays the same function. Its residual stream stays small, what the layers read does not.
+    """
+    linears = find_linears(model)
+    groups = [group for group in group_by_activation(linears.layers) if find_shift_site(group, linears).target]
+    shifts = {
+        str(group.activation.name): np.random.default_rng(seed).uniform(-reach, reach, group.k).astype(np.float32)
+        for seed, group in enumerate(groups)
+    }
+    ApplyEqualizationPass({}, shifts)(model)
+    return len(groups)

@@ -7,18 +7,13 @@ import hashlib
 from pathlib import Path
 
 import families
-import numpy as np
 import onnx_ir as ir
 import pytest
-from conversions import LENGTH, recipe
+from conversions import LENGTH, move_off_zero, recipe
 
 import fptq_onnx
 from fptq_onnx.errors import RecipeError, StoppedError
-from fptq_onnx.graph.activation_groups import group_by_activation
-from fptq_onnx.graph.linears import find_linears
 from fptq_onnx.graph.model_file import load_model
-from fptq_onnx.graph.producers import find_shift_site
-from fptq_onnx.passes.apply_equalization import ApplyEqualizationPass
 from fptq_onnx.quantization.plan import Plan
 from fptq_onnx.recipe import Recipe
 
@@ -29,15 +24,7 @@ FAMILY = families.DYNAMO_KV
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """GPT-2 as it is, but the channels of its inner activations lie far off zero, on both sides of it."""
     model = load_model(families.model("gpt2", FAMILY).path)
-    linears = find_linears(model)
-    shifts = {}
-    for seed, group in enumerate(group_by_activation(linears.layers)):
-        site = find_shift_site(group, linears)
-        if site.target is not None:
-            # the residual stream is small, the offsets are not
-            shifts[group.activation.name] = np.random.default_rng(seed).uniform(-9, 9, group.k).astype(np.float32)
-    assert len(shifts) == 3 * families.BLOCKS
-    ApplyEqualizationPass({}, shifts)(model)
+    assert move_off_zero(model, 9) == 3 * families.BLOCKS
     path = tmp_path_factory.mktemp("planted") / "model.onnx"
     ir.save(model, path)
     return path

@@ -45,25 +45,24 @@ def equalization_not_helping(evidence: Evidence) -> list[Equalized]:
         if not layers:
             continue
         entry = plan[layers[0].name]
-        scale, shift = subject.applied[entry.activation].scale, subject.applied[entry.activation].shift
-        assert scale is not None
+        applied = subject.applied[entry.activation]
+        assert applied.scale is not None
         values = subject.chain.observe(feeds, subject.segment_of(layers[0].label), [str(layers[0].activation.name)])
         # The activation and weights as they were before equalization, for all candidates alike.
-        x = next(iter(values.values())).reshape(-1, group.k)[:_TOKENS].astype(np.float32) * scale
-        x = x if shift is None else x + shift
+        x = applied.undo(next(iter(values.values())).reshape(-1, group.k)[:_TOKENS].astype(np.float32))
         seen = subject.planned.statistics[entry.activation]
         grid: Grid = "signed8"  # stands for weights that are not int4
         if entry.weight_method != "float" and entry.weight_method != "int8":
             grid = entry.weight_method
         search = search_scheme(
             x,
-            [(layer.weight_array() / scale[:, None]).astype(np.float32) for layer in layers],
+            [(layer.weight_array() / applied.scale[:, None]).astype(np.float32) for layer in layers],
             seen.channel_min,
             seen.channel_max,
             group_size=min(entry.group_size, group.k),
             grid=grid,
             floor=subject.recipe.equalization.floor,
-            shift=shift,
+            shift=applied.shift,
         )
         alike = tuple(c for c in search.candidates if (c.shift is not None) == entry.shift)
         with_it = _error(alike, Scheme.EQUALIZED_STATIC, entry.equalization)

@@ -58,6 +58,11 @@ class AppliedEqualization:
         """The changed activation for X [..., K] before."""
         return smooth(x, self.scale, self.shift)
 
+    def undo(self, x: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.floating[Any]]:
+        """X [..., K] as it was before, for the changed activation."""
+        wide = x if self.scale is None else x * self.scale
+        return wide if self.shift is None else wide + self.shift
+
 
 class ApplyEqualizationPass(ir.passes.InPlacePass):
     """X' = (X - z) / s, W' = diag(s) W and b' = b + z W, so that X' W' + b' = X W + b (FPTQ; arXiv 2304.09145).

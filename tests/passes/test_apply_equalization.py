@@ -186,6 +186,7 @@ def test_every_shift_of_every_model(architecture: str, family: str, scaled: bool
     assert relative_error(after["logits"], before["logits"]) < 1e-4
     for name, applied in equalization.applied.items():
         assert relative_error(after[name], applied.smooth(before[name])) < 1e-4
+        assert relative_error(applied.undo(after[name]), before[name]) < 1e-4
         assert applied.kind == ("shift" if not scaled else f"{find_scale_kind(applied.reason)}+shift")
         assert sites[name].reason.split(" ")[1] in applied.reason
     # statistics and moments are those of the activation as the layers read it now

@@ -106,8 +106,11 @@ _EVERYWHERE = _SEARCH | {"activations.v0": 0, "activations.v1": 1e9}
 _CORRECTION = {"weights.bias_correction": True}
 _CORRECTED = _instead("bias-correction", "GPTQ, bias correction", _CORRECTION)
 _SEARCHED_ALL = _instead("search-all", "GPTQ, equalizer searched for all", _EVERYWHERE)
-# Shifted activations: alone, where biases make up for rounding anyhow, and as further candidates of the search.
+_CLIPPED = next(row for row in _chain() if row.name == "weighted-clip").changes
+# Shifted activations: on weights rounded to nearest, under GPTQ, where biases make up for rounding anyhow, and as
+# further candidates of the search.
 _SHIFTED: tuple[Row, ...] = (
+    Row("shift-nearest", "clip search, no GPTQ, shifted where that is free", "paper", _CLIPPED | _SHIFT),
     _instead("shift", "GPTQ, shifted where that is free", _SHIFT),
     _instead("shift-correction", "GPTQ, bias correction, shifted where that is free", _CORRECTION | _SHIFT),
     _instead("shift-search", "GPTQ, equalizer searched for all, shifted ones too", _EVERYWHERE | _SHIFT),

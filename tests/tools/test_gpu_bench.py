@@ -11,7 +11,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from gpu_bench import records
+from gpu_bench import models, records
 from gpu_bench.decoder import Decoder
 from gpu_bench.onnx_models import Activation, Format, layer_model, static_scale, write_chain
 from gpu_bench.peers import COLD_BYTES, cold_copies
@@ -233,6 +233,26 @@ def test_decoder_feeds(shared):
     unknown = _session([("pixel_values", "tensor(float)", [1])], [("logits", "tensor(float)", ["B", "S", 9])])
     with pytest.raises(ValueError, match="pixel_values"):
         decoder.step(unknown, 1, 0, 4, "cpu", torch.Generator())
+
+
+def test_a_model_with_bad_logits_gets_no_figure(monkeypatch):
+    class Run:
+        def __init__(self, *arguments):
+            pass
+
+        def timer(self):
+            return lambda: 10.0
+
+    def decoder(logit):
+        return SimpleNamespace(step=lambda *_: SimpleNamespace(inputs={}, outputs={"logits": torch.tensor([logit])}))
+
+    monkeypatch.setattr(models, "BoundRun", Run)
+    decoders = {"good": decoder(1.0), "bad": decoder(float("nan"))}
+    facts = {label: {"cuda_graph": False} for label in decoders}
+    arguments = SimpleNamespace(prefill=8, past=8, seed=0)
+    (row,) = models._measure("decode", 2, 0, dict.fromkeys(decoders), decoders, facts, arguments)
+    assert row["tokens_per_s"] == {"good": {"median": 200000.0, "min": 200000.0, "max": 200000.0}}
+    assert row["failures"] == {"bad": "logits are not finite"}
 
 
 def test_records_are_kept(tmp_path):

@@ -126,6 +126,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check, measure, print the tables, write the record; returns the exit status."""
+    head = environment()
     shapes = [Shape(*map(int, text.split("x"))) for text in arguments.shapes or ()]
     shapes = shapes or list(QUICK_SHAPES if arguments.quick else SHAPES)
     tokens = arguments.tokens or (QUICK_TOKENS if arguments.quick else TOKENS)
@@ -162,7 +163,7 @@ def run(arguments: argparse.Namespace) -> int:
         "rounding; bytes repeat",
     }
     body = {"protocol": protocol, "ceilings": ceilings, "unavailable": unavailable, "rows": rows}
-    print(write_record("gpu-kernels" + ("-quick" if arguments.quick else ""), environment(), body))
+    print(write_record("gpu-kernels" + ("-quick" if arguments.quick else ""), head, body))
     return 1 if wrong else 0
 
 

@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print the table, write the record; returns the exit status."""
+    head = environment()
     models = dict(entry.split("=", 1) for entry in arguments.models)
     sessions: dict[str, Any] = {}
     decoders: dict[str, Decoder] = {}
@@ -85,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
         "memory": "device_mb: taken when the session was created, arena extended as requested",
         "rounds": ROUNDS,
     }
-    print(write_record("gpu-models", environment(), {"protocol": protocol, "models": facts, "rows": rows}))
+    print(write_record("gpu-models", head, {"protocol": protocol, "models": facts, "rows": rows}))
     return 0
 
 
@@ -122,9 +123,10 @@ def _measure(
     for label, session in sessions.items():
         try:
             step = decoders[label].step(session, batch, past, tokens, "cuda", generator)
-            timers[label] = BoundRun(session, step.inputs, step.outputs, annotation[label]).timer()
+            timer = BoundRun(session, step.inputs, step.outputs, annotation[label]).timer()
             if not bool(torch.isfinite(step.outputs["logits"]).all()):
                 raise RuntimeError("logits are not finite")
+            timers[label] = timer
         except Exception as error:  # onnxruntime raises a dozen types of its own
             failures[label] = str(error).splitlines()[0]
             logger.warning("%s %s batch %d: %s", label, phase, batch, error)

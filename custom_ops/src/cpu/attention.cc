@@ -50,7 +50,7 @@ void Merge(const float* part, int64_t parts, int64_t stride, int64_t head_size, 
   for (int64_t i = 1; i < parts; ++i) largest = std::max(largest, part[i * stride]);
   std::fill(y, y + head_size, 0.0f);
   for (int64_t i = 0; i < parts; ++i, part += stride) {
-    const float factor = std::exp(part[0] - largest);
+    const float factor = std::exp2(part[0] - largest);
     total += factor * part[1];
     for (int64_t j = 0; j < head_size; ++j) y[j] += factor * part[2 + j];
   }

@@ -59,8 +59,9 @@ struct AttentionTask {
   int64_t row_end = 0;
   int64_t key_begin = 0;
   int64_t key_end = 0;
-  float* partial = nullptr;  ///< where other keys are another task's: [row][head of the group][2 + head_size], of a
-                             ///< softmax the maximum, the sum of exponentials and the weighted sum of values
+  float* partial =
+      nullptr;  ///< where other keys are another task's: [row][head of the group][2 + head_size], of a
+                ///< softmax the maximum times log2(e), the sum of exponentials and the weighted sum of values
 };
 
 /// One head at `position`, rotated and multiplied by `factor`, to `y`.

@@ -85,6 +85,9 @@ struct V {
     const Four biased = Broadcast(0x1.8p23f + 127.0f);
     return Each([&](int q) { return reinterpret_cast<Four>(reinterpret_cast<FourInts>(n.quarter[q] + biased) << 23); });
   }
+  static constexpr float kLeastExponent = -127.0f;
+  // a 2^n of whole n in kLeastExponent..0, where the least gives 0.
+  static Float MultiplyPowerOfTwo(const Float& a, const Float& n) { return Multiply(a, PowerOfTwo(n)); }
   static Float KeepFirst(const Float& a, int count, float other) {
     Float result = SetFloat(other);
     __builtin_memcpy(&result, &a, static_cast<size_t>(count) * sizeof(float));

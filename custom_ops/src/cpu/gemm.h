@@ -15,6 +15,7 @@ struct GemmCall {
   const PackedWeights* weights = nullptr;
   const int8_t* a = nullptr;         ///< [rows][a_stride]: A - 128, zero in padding up to padded_k
   const int32_t* a_start = nullptr;  ///< [rows][groups]: StartValue of the sum of a over a group
+  const int32_t* a_total = nullptr;  ///< [rows], of structured scales: what StartValue would be with int8 weights
   const float* a_scale = nullptr;    ///< one, or one per row
   bool per_token = false;
   int zero_offset = 0;  ///< a_zero_point - 128
@@ -47,6 +48,8 @@ struct Kernels {
 
   const char* few_rows_name = nullptr;  ///< whose gemm takes calls of fewer rows than few_rows_below
   int64_t few_rows_below = 0;
+
+  int64_t structured_rows_per_task = 0;  ///< of structured scales, where more of them repay more
 };
 
 /// What the AMX kernels share with those for AVX512-VNNI (by name: a table read at load time would run an initializer).

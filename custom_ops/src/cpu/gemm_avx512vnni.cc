@@ -76,6 +76,9 @@ struct V {
   static Float PowerOfTwo(Float n) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), Set(127)), 23));
   }
+  static constexpr float kLeastExponent = -160.0f;
+  // a 2^n of whole n in kLeastExponent..0, where the least gives 0.
+  static Float MultiplyPowerOfTwo(Float a, Float n) { return _mm512_scalef_ps(a, n); }
 
   // b where one of them is NaN.
   static Float Max(Float a, Float b) { return _mm512_max_ps(a, b); }
@@ -170,13 +173,15 @@ struct V {
 };
 
 #include "cpu/gemm_vector.inc"
+// What follows needs what precedes.
+#include "cpu/gemm_folded.inc"
 
 }  // namespace
 
 namespace avx512vnni {
 
 void GemmRows(const GemmCall& call, int64_t row_begin, int64_t row_end, int64_t strip_begin, int64_t strip_end) {
-  Gemm(call, row_begin, row_end, strip_begin, strip_end);
+  AnyGemm(call, row_begin, row_end, strip_begin, strip_end);
 }
 
 void PrepareRows(const PackedWeights& weights, const uint8_t* a, int64_t rows, int8_t* prepared, int32_t* a_start) {
@@ -203,8 +208,8 @@ void Attend(const AttentionCall& call, const AttentionTask& task, float* scratch
 
 }  // namespace avx512vnni
 
-const Kernels kAvx512VnniKernels = {"avx512vnni", Gemm,       Prepare, Quantize, NormRows,
-                                    SiluMulRows,  RotateHead, Attend,  96};
+const Kernels kAvx512VnniKernels = {"avx512vnni", AnyGemm, Prepare, Quantize, NormRows, SiluMulRows,
+                                    RotateHead,   Attend,  96,      nullptr,  0,        264};
 
 }  // namespace fptq::cpu
 FPTQ_TARGET_END

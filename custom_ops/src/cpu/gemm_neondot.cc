@@ -133,6 +133,9 @@ struct V {
     const Int biased = Add(ToInt(n), Set(127));
     return Each([&](int q) { return vreinterpretq_f32_s32(vshlq_n_s32(biased.val[q], 23)); });
   }
+  static constexpr float kLeastExponent = -127.0f;
+  // a 2^n of whole n in kLeastExponent..0, where the least gives 0.
+  static Float MultiplyPowerOfTwo(const Float& a, const Float& n) { return Multiply(a, PowerOfTwo(n)); }
   static Int MagnitudeBits(const Float& a) {
     return EachInt([&](int q) { return vreinterpretq_s32_f32(vabsq_f32(a.val[q])); });
   }

@@ -102,7 +102,7 @@ Problem RandomProblem(Random& random, int bits, int64_t m, int64_t k, int64_t n,
   return p;
 }
 
-std::vector<uint8_t> RunGemm(const Problem& p, const Kernels& kernels, const Parallel& parallel) {
+WeightSource SourceOf(const Problem& p) {
   WeightSource source;
   source.bits = p.bits;
   source.k = p.k;
@@ -113,7 +113,37 @@ std::vector<uint8_t> RunGemm(const Problem& p, const Kernels& kernels, const Par
   source.type = p.type;
   source.scale_max_multiple = p.max_multiple;
   source.zero_point_is_128 = p.zero_point == kActivationOffset;
-  const PackedGemm gemm(source, kernels);
+  return source;
+}
+
+// In one task, however many rows and strips there are.
+std::vector<uint8_t> RunOneTask(const Problem& p, const Kernels& kernels) {
+  const PackedWeights w = Pack(SourceOf(p));
+  std::vector<uint8_t> y(static_cast<size_t>(p.m * p.n) * p.element_bytes(), 0xaa);
+  AlignedVector<int8_t> prepared(static_cast<size_t>(RoundUp(p.m, 16) * w.a_stride()));
+  std::vector<int32_t> start(static_cast<size_t>(p.m * w.groups)), total;
+  kernels.prepare(w, p.a.data(), p.m, prepared.data(), start.data());
+  for (int64_t m = 0; m < p.m; ++m) {
+    int32_t sum = 0;
+    for (int64_t k = 0; k < p.k; ++k) sum += p.a[static_cast<size_t>(m * p.k + k)] - kActivationOffset;
+    total.push_back(-128 * sum);
+  }
+  GemmCall call;
+  call.weights = &w;
+  call.a = prepared.data();
+  call.a_start = start.data();
+  call.a_total = total.data();
+  call.a_scale = p.a_scale.data();
+  call.per_token = p.per_token;
+  call.zero_offset = p.zero_point - kActivationOffset;
+  call.type = p.type;
+  call.y = y.data();
+  kernels.gemm(call, 0, p.m, 0, w.strips);
+  return y;
+}
+
+std::vector<uint8_t> RunGemm(const Problem& p, const Kernels& kernels, const Parallel& parallel) {
+  const PackedGemm gemm(SourceOf(p), kernels);
   CHECK(gemm.weights().structured == (p.max_multiple > 0), "%s", p.text().c_str());
   std::vector<uint8_t> y(static_cast<size_t>(p.m * p.n) * p.element_bytes(), 0xaa);
   std::vector<char> scratch(gemm.ScratchBytes(p.m));
@@ -139,6 +169,9 @@ void CheckGemm(const Problem& p, const Kernels& kernels) {
   const std::vector<uint8_t> y = RunGemm(p, kernels, {});
   const std::vector<uint8_t> threaded = RunGemm(p, kernels, ThreadPool());
   CHECK(y == threaded, "%s: threads change the result: %s", kernels.name, p.text().c_str());
+  // With structured scales nothing is rounded before the sum over all of K is exact: all kernels give the same bytes.
+  CHECK(p.max_multiple == 0 || y == RunGemm(p, kPortableKernels, {}), "%s: not the bytes of %s: %s", kernels.name,
+        kPortableKernels.name, p.text().c_str());
   for (int64_t m = 0; m < p.m; ++m) {
     for (int64_t n = 0; n < p.n; ++n) {
       double exact = 0, size = 0;
@@ -202,10 +235,21 @@ void TestGemm(Random& random, const Kernels& kernels, int problems) {
     CheckGemm(bytes, kernels);
     CheckExactIntegers(random, bytes, kernels);
   }
-  // More rows than one panel.
-  CheckGemm(RandomProblem(random, 4, 300, 72, 40, 32, ElementType::kFloat32, 128, 0), kernels);
-  CheckGemm(RandomProblem(random, 4, 300, 72, 40, 32, ElementType::kFloat32, 3, 15), kernels);
-  CheckGemm(RandomProblem(random, 8, 300, 1100, 40, 1100, ElementType::kFloat32, 3, 0), kernels);
+  // More rows than one panel, and than one task.
+  CheckGemm(RandomProblem(random, 4, 530, 72, 40, 32, ElementType::kFloat32, 128, 0), kernels);
+  CheckGemm(RandomProblem(random, 4, 530, 72, 40, 32, ElementType::kFloat32, 3, 15), kernels);
+  CheckGemm(RandomProblem(random, 4, 300, 40, 250, 8, ElementType::kFloat32, 128, 15), kernels);
+  CheckGemm(RandomProblem(random, 8, 530, 1100, 40, 1100, ElementType::kFloat32, 3, 0), kernels);
+  // Structured scales in tasks that are too large for quick problems: K in several cuts, all rows at once and more, a
+  // last strip that is alone or not whole.
+  for (const int64_t n : {40, 72, 80}) {
+    for (const auto type : {ElementType::kFloat32, ElementType::kFloat16}) {
+      const int64_t m = 200 + n;
+      const Problem p =
+          RandomProblem(random, 4, m, 20 * n + 4, n, 4 * n, type, type == ElementType::kFloat32 ? 3 : 128, 15);
+      CHECK(RunOneTask(p, kernels) == RunGemm(p, kPortableKernels, {}), "%s: %s", kernels.name, p.text().c_str());
+    }
+  }
 }
 
 void TestQuantize(Random& random, const Kernels& kernels, int problems) {

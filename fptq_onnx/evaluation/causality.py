@@ -44,8 +44,8 @@ def check_causal(
             name,
             "its logits at a token depend on the tokens behind it (a masked language model or another encoder), so that"
             " perplexity and last-word accuracy say nothing about it",
-            "Take the mean KL and top-1 agreement that convert reports, analyze --metric kl, or --metric cosine for "
-            "embeddings",
+            "Take the mean KL and top-1 agreement that convert reports, or analyze with --metric kl (--metric cosine "
+            "where embeddings are what counts)",
         )
 
 

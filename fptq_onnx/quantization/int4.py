@@ -230,16 +230,17 @@ def _error(w: Float32, scale: Float32, rows: Float32 | None, limits: tuple[int, 
     np.clip(difference, *limits, out=difference)
     difference *= s
     difference -= w
-    np.square(difference, out=difference)
-    if rows is not None:
-        difference *= rows
-    total: Float32 = difference.sum(axis=1)
+    with np.errstate(over="ignore"):  # of weights beyond 1e19 every error is infinite
+        np.square(difference, out=difference)
+        if rows is not None:
+            difference *= rows
+        total: Float32 = difference.sum(axis=1)
     return total
 
 
 def _search(w: Float32, unit: Float32, stored: FloatType, rows: Float32 | None) -> Float32:
     """Signed scale of least error in every group; the candidates are rounded to T before they are judged."""
-    best = np.zeros_like(unit)
+    best = _round_magnitude(-unit, stored, 8).astype(np.float32)  # where all errors are infinite
     least = np.full(unit.shape, np.inf, np.float32)
     for sign in (np.float32(-1), np.float32(1)):
         for ratio in _CLIP_RATIOS:
@@ -264,7 +265,7 @@ def _structured(
     top = magnitude.max(axis=0)
     limit = np.float32(stored.largest / -limits[0])
     sign = np.where(signed < 0, np.float32(-1), np.float32(1))
-    best = np.ones_like(signed)
+    best = np.zeros_like(signed)
     least = np.full(top.shape, np.inf, np.float32)
     for multiple in _TOP_MULTIPLES if max_multiple == MAX_MULTIPLE else (max_multiple,):
         base = _exact_base(top / np.float32(multiple), stored, max_multiple.bit_length())
@@ -274,8 +275,9 @@ def _structured(
         up = np.clip(np.ceil(magnitude / base), 1, ceiling)
         error_down = _error(w, sign * down * base, rows, limits)
         error_up = _error(w, sign * up * base, rows, limits)
-        error = np.minimum(error_down, error_up).sum(axis=0)
-        better = error < least
+        with np.errstate(over="ignore"):
+            error = np.minimum(error_down, error_up).sum(axis=0)
+        better = (error < least) | ~best.any(axis=0)  # the first one also where all errors are infinite
         np.copyto(least, error, where=better)
         np.copyto(best, sign * base * np.where(error_up <= error_down, up, down), where=better)
     return best.astype(stored.dtype)

@@ -177,3 +177,16 @@ def test_wrong_arguments():
 def test_representable_weights_come_back_unchanged(q, group):
     scale = np.full((group_count(9, group), 3), 0.25, np.float32)
     np.testing.assert_array_equal(round_to_scales(dequantize(q, scale, group), scale, group), q)
+
+
+@pytest.mark.parametrize("max_multiple", [0, MAX_MULTIPLE])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_weights_whose_errors_overflow_are_rounded_all_the_same(grid, max_multiple):
+    """No candidate is better than another where all squared errors are infinite; one of them it has to be."""
+    w = np.random.default_rng(0).standard_normal((64, 3)).astype(np.float32)
+    w[3:6, 1] = 1e30, -0.66e30, 0.31e30
+    importance = np.ones(64) if grid == "weighted_clip" else None
+    quantized = quantize_weight(w, 32, grid, np.float32, importance=importance, max_multiple=max_multiple)
+    np.testing.assert_allclose(quantized.dequantize()[3:6, 1], w[3:6, 1], rtol=0, atol=1.3e29)
+    usual = quantize_weight(w[:, ::2], 32, grid, np.float32, importance=importance, max_multiple=max_multiple)
+    np.testing.assert_array_equal(quantized.q[:, ::2], usual.q)

@@ -145,7 +145,8 @@ class WeightRecipe(Section):
 
     token_cap: float = Field(default=16.0, ge=0)
     """Tokens whose largest magnitude is over this multiple of the median token's are scaled down to it in the second
-    moments, so that attention sinks do not decide alone; 0 counts all tokens fully. Equalized activations need none."""
+    moments, so that attention sinks do not decide alone; 0 counts all tokens fully. Equalized activations need none;
+    models without sinks come out the same."""
 
     first_token_weight: float = Field(default=1.0, ge=1)
     """How often the first token of every calibration sequence counts in the second moments. All later tokens attend to

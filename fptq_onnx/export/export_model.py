@@ -8,11 +8,12 @@ import dataclasses
 import importlib.util
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from fptq_onnx.errors import ModelError, RuntimeUnavailableError, VerificationError
 from fptq_onnx.graph.model_file import save_model
-from fptq_onnx.graph.output_files import staged, writing
+from fptq_onnx.graph.output_files import refuse_overwriting, staged, writing
 from fptq_onnx.progress import Progress, SilentProgress
 
 logger = logging.getLogger(__name__)
@@ -101,6 +102,8 @@ def export_model(
         with staged(path) as staging:
             with writing(path):
                 files = pretrained.save_tokenizer(source, staging.folder)
+                made = {name: (staging.folder / name).read_bytes() for name in files}
+            _keep_checkpoint(source.directory, out, made)
             is_decoder = source.kind is pretrained.Kind.DECODER
             if is_decoder:
                 signature = signatures.decoder_signature(source.model, kv_cache)
@@ -144,6 +147,13 @@ def export_model(
         largest_error=largest_error,
         seconds=time.perf_counter() - started,
     )
+
+
+def _keep_checkpoint(checkpoint: Path, out: Path, made: Mapping[str, bytes]) -> None:
+    """Refuse companions that would replace other contents in the checkpoint, as transformers writes them anew."""
+    theirs = [checkpoint / name for name in made if (checkpoint / name).is_file()]
+    changed = [path for path in theirs if path.read_bytes() != made[path.name]]
+    refuse_overwriting([out / path.name for path in changed], changed, "this is a file of the checkpoint")
 
 
 def _require(extra: str, *modules: str) -> None:

@@ -126,6 +126,25 @@ def test_disagreement_with_torch_leaves_what_was_there(tmp_path: Path, monkeypat
         assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
+def test_files_of_the_checkpoint_are_not_rewritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exporting into the checkpoint's folder is fine as long as its own files stay what they are."""
+    folder = _copy("llama", tmp_path / "llama")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with monkeypatch.context() as patched:
+        patched.setattr("fptq_onnx.export.tracing.trace", None)  # refused before the work
+
+        def anew(source: object, target: Path) -> list[str]:
+            (target / "config.json").write_text("{}")
+            return ["config.json"]
+
+        patched.setattr("fptq_onnx.export.pretrained.save_tokenizer", anew)
+        with pytest.raises(ModelError, match=r"config\.json: this is a file of the checkpoint\. Choose another"):
+            export_model(folder, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    export_model(folder, folder, verify=False)
+    assert {name: (folder / name).read_bytes() for name in before} == before
+
+
 def test_output_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ModelError, match=r"model\.onnx: cannot be written: (File exists|Not a directory)"):

@@ -8,6 +8,8 @@ from collections.abc import Collection, Iterator
 
 import onnx_ir as ir
 
+from fptq_onnx.graph.constants import root_initializer
+
 # What exporters call the input of token ids.
 TOKEN_NAMES = ("input_ids", "token_ids", "tokens")
 # Nodes that hand ids on to a table: unchanged, or moved along the table.
@@ -41,7 +43,7 @@ def token_lookups(graph: ir.Graph) -> list[ir.Node]:
         dtype = _table_type(node.inputs[0])
         if dtype is not None and not dtype.is_floating_point():
             return []
-        if node.attributes.get_int("axis", 0) == 0:
+        if node.attributes.get_int("axis", 0) == 0 and root_initializer(node.inputs[0]) is not None:
             found.append(node)
     return found
 

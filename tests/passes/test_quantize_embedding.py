@@ -17,7 +17,7 @@ from fptq_onnx.graph.feeds import describe_inputs
 from fptq_onnx.graph.linears import find_linears
 from fptq_onnx.graph.lookups import token_lookups
 from fptq_onnx.graph.model_file import load_model
-from fptq_onnx.passes.quantize_embedding import QuantizeEmbeddingPass
+from fptq_onnx.passes.quantize_embedding import QuantizeEmbeddingPass, find_tied_heads
 from fptq_onnx.passes.replace_linears import LayerQuantization, StaticQuantizer
 from fptq_onnx.quantization.int4 import QuantizedWeight, quantize_weight
 from fptq_onnx.rewriting import Format, rewrite
@@ -106,6 +106,15 @@ def test_other_tables_are_left_alone(tmp_path: Path) -> None:
     embedding(model)
     assert embedding.outcome.startswith("float: no token ids")
     assert [node.op_type for node in model.graph] == ["Gather"]
+
+
+def test_a_table_that_callers_may_replace_is_left_alone(tmp_path: Path) -> None:
+    """An initializer that is an input of the graph as well is a default, no constant."""
+    signature = f"(int64[B, S] input_ids, float[{V}, {H}] table) => (float[B, S, {H}] Y)"
+    model = parse(tmp_path, signature, "Y = Gather(table, input_ids)", {"table": np.ones((V, H), np.float32)})
+    embedding = QuantizeEmbeddingPass("int4", heads=find_tied_heads(model))
+    embedding(model)
+    assert embedding.outcome.startswith("float: no token ids")
 
 
 @pytest.mark.parametrize("method", ["int8", "int4"])

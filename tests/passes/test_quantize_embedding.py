@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from functools import partial
 from pathlib import Path
 
@@ -10,13 +11,14 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from conversions import constants, converted, relative_error, values
+from other_runtimes import python_with
 from pass_models import parse
 
 from fptq_onnx.errors import ModelError
 from fptq_onnx.graph.feeds import describe_inputs
 from fptq_onnx.graph.linears import find_linears
 from fptq_onnx.graph.lookups import token_lookups
-from fptq_onnx.graph.model_file import load_model
+from fptq_onnx.graph.model_file import load_model, save_model
 from fptq_onnx.passes.quantize_embedding import QuantizeEmbeddingPass, find_tied_heads
 from fptq_onnx.passes.replace_linears import LayerQuantization, StaticQuantizer
 from fptq_onnx.quantization.int4 import QuantizedWeight, quantize_weight
@@ -245,3 +247,31 @@ def test_untied_tables_have_their_own_integers(family: str) -> None:
     apart = converted("llama-untied", family, rotation__residual=True, **INT4)
     assert apart.report.embedding == "int4, a table of its own: lm_head has other weights (untied, or equalized)"
     assert apart.report.bytes_after < 0.4 * apart.report.bytes_before
+
+
+_HIDDEN = """
+import sys
+import numpy as np
+import onnxruntime as ort
+options = ort.SessionOptions()
+options.log_severity_level = 3
+for model in sys.argv[2:]:
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    ids = np.load(sys.argv[1])
+    np.save(model + ".npy", session.run(["hidden"], {"input_ids": ids})[0])
+"""
+
+
+def test_the_oldest_onnxruntime_gives_the_same_rows(tmp_path: Path) -> None:
+    """Standard operators for a table in the head's layout, GatherBlockQuantized for MatMulNBits' and for others."""
+    wanted, paths = {}, []
+    for output_format, own in (("custom", False), ("matmulnbits", False), ("custom", True)):
+        model, weight = _tied(tmp_path, 64, np.linspace(0.5, 2, 64, dtype=np.float32) if own else None)
+        _rewritten(model, weight, output_format)
+        paths.append(tmp_path / f"{output_format}-{own}.onnx")
+        save_model(model, paths[-1])
+        wanted[paths[-1]] = values(model, ["hidden"], {"input_ids": IDS})["hidden"]
+    np.save(tmp_path / "ids.npy", IDS)
+    subprocess.run([python_with("1.23.2"), "-c", _HIDDEN, tmp_path / "ids.npy", *paths], check=True)
+    for path, rows in wanted.items():
+        np.testing.assert_array_equal(np.load(f"{path}.npy"), rows)

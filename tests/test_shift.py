@@ -13,6 +13,8 @@ from conversions import LENGTH, move_off_zero, recipe
 
 import fptq_onnx
 from fptq_onnx.errors import RecipeError, StoppedError
+from fptq_onnx.evaluation.language_model import open_language_model
+from fptq_onnx.generation.generate import generate
 from fptq_onnx.graph.model_file import load_model
 from fptq_onnx.quantization.plan import Plan
 from fptq_onnx.recipe import Recipe
@@ -32,6 +34,17 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _recipe(**overrides: object) -> Recipe:
     return recipe(**{"equalization__shift": True} | overrides)
+
+
+def test_a_cache_of_shifted_values_gives_the_same_text(planted: Path) -> None:
+    """Also where prompts of several lengths run as one batch and the cache holds places that nobody may attend to."""
+    tiny = families.model("gpt2", FAMILY)
+    prompts = [tiny.token_ids(batch=1, length=length)[0] for length in (3, 11)]
+    before, after = (
+        generate(open_language_model(path, threads=1), prompts, max_new_tokens=8).token_ids
+        for path in (tiny.path, planted)
+    )
+    assert after == before
 
 
 @pytest.mark.parametrize("scheme", ["static", "per-token"])

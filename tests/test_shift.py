@@ -49,16 +49,22 @@ def test_a_cache_of_shifted_values_gives_the_same_text(planted: Path) -> None:
 
 @pytest.mark.parametrize("scheme", ["static", "per-token"])
 def test_shifting_makes_up_for_channels_off_zero(planted: Path, tmp_path: Path, scheme: str) -> None:
+    """Better than GPTQ and bias correction, which take the mean of the rounding errors out, but not their size."""
     divergence = {}
     for shift in (False, True):
-        chosen = _recipe(equalization__shift=shift, activations__scheme=scheme)
+        chosen = _recipe(
+            equalization__shift=shift,
+            activations__scheme=scheme,
+            weights__rounding="gptq",
+            weights__bias_correction=True,
+        )
         report = fptq_onnx.convert(planted, tmp_path / f"{shift}.onnx", recipe=chosen, verify_tokens=2 * LENGTH)
         assert report.verification is not None
         divergence[shift] = report.verification.kl_mean
         shifted = {layer.role for layer in report.layers if layer.equalization.startswith("shift: bias ")}
         assert shifted == ({"qkv", "o", "fc1"} if shift else set())
         assert all(("shift kept: output error" in layer.reason) == (layer.role in shifted) for layer in report.layers)
-    assert divergence[True] < 0.3 * divergence[False]
+    assert divergence[True] < 0.4 * divergence[False], divergence
     # nothing was added: the same nodes, with other constants
     shapes = [
         [(node.op_type, len(node.inputs)) for node in load_model(tmp_path / f"{shift}.onnx").graph]

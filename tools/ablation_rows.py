@@ -150,5 +150,6 @@ RECIPE_ROWS: tuple[Row, ...] = (
     Row("balanced-no-rotation", "balanced without rotation", "balanced", _NO_ROTATION),
     Row("balanced-no-token-cap", "balanced, attention sinks not capped", "balanced", {"weights.token_cap": 0}),
     Row("accurate", "accurate", "accurate", {}),
-    Row("accurate-no-token-cap", "accurate, attention sinks not capped", "accurate", {"weights.token_cap": 0}),
+    Row("int8-table", "int8 head and embedding alone, one table", "paper", _INT8_TABLE | _TABLE_ONLY),
+    Row("int8-tables", "the same, head equalized: two tables", "paper", _INT8_TABLE | {"layers.include": ["lm_head"]}),
 )

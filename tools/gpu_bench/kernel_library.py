@@ -31,11 +31,14 @@ class Plan:
     split_k: int = 0
     stages: int = 0
     overlap: int = 0
+    form: int = 0
 
     def __str__(self) -> str:
         """One line for a table."""
         kernel = ("chosen", "streaming", "warpgroup", "reference")[self.kernel]
-        return f"{kernel} {self.tile_m}x{self.tile_n} split {self.split_k} stages {self.stages} loader {self.loader}"
+        form = ("", " wide", " paired", " tall")[self.form]
+        tile = f"{self.tile_m}x{self.tile_n}{form}"
+        return f"{kernel} {tile} split {self.split_k} stages {self.stages} loader {self.loader}"
 
 
 class _Options(ctypes.Structure):

@@ -46,6 +46,17 @@ FPTQ_HD constexpr Tile TileAt(int index, int tiles_m, int tiles_n, int band) {
   return {first_m + rest % height, rest / height};
 }
 
+/// How the warps of a CTA of the streaming kernel share its work.
+enum class StreamForm : int32_t {
+  kMany = 0,    ///< many tokens: two groups of four warps, one strip at a time
+  kWide = 1,    ///< four groups, two strips at a time: warps enough for layers with many strips
+  kPaired = 2,  ///< two groups, two strips at a time
+  kTall = 3,    ///< two groups, four blocks of one strip at a time: for layers of few strips
+};
+/// All of them; of equally good ones the first is chosen.
+inline constexpr StreamForm kStreamForms[] = {StreamForm::kPaired, StreamForm::kTall, StreamForm::kWide,
+                                              StreamForm::kMany};
+
 /// A kernel configuration. Zero fields are free for Choose*.
 struct Config {
   int tile_m = 0;    ///< tokens
@@ -55,6 +66,7 @@ struct Config {
   int clusters = 0;  ///< streaming kernel: clusters of split_k CTAs
   int parts = 1;     ///< streaming kernel: groups of a CTA that share its rows of K
   int inboxes = 1;   ///< streaming kernel: inboxes of a group
+  StreamForm form = StreamForm::kMany;
 };
 
 /// Places in the shared memory of a CTA: a ring of stages of 128 rows of K, each a tile of activations and one block
@@ -102,11 +114,15 @@ inline int DeepestRing(const DeviceLimits& device, int blocks, int tokens, int s
 // + part. Both numbers are powers of two.
 
 /// Groups of four warps in a CTA.
-FPTQ_HD constexpr int StreamGroups(int tokens) { return tokens <= 16 ? 4 : 2; }
+FPTQ_HD constexpr int StreamGroups(StreamForm form) { return form == StreamForm::kWide ? 4 : 2; }
 /// Strips of a span: with two, a warp has twice the independent work for each activation that it loads.
-FPTQ_HD constexpr int StreamStrips(int tokens) { return tokens <= 16 ? 2 : 1; }
-/// Rows of K, in blocks, of a stage of a group's ring: two blocks of weights in all.
-FPTQ_HD constexpr int StreamChunk(int tokens) { return 2 / StreamStrips(tokens); }
+FPTQ_HD constexpr int StreamStrips(StreamForm form) {
+  return form == StreamForm::kWide || form == StreamForm::kPaired ? 2 : 1;
+}
+/// Blocks of a strip that a warp multiplies at once.
+FPTQ_HD constexpr int StreamBlocksAtOnce(StreamForm form) { return form == StreamForm::kTall ? 4 : 1; }
+/// Rows of K, in blocks, of a stage of a group's ring: at least two blocks of weights in all.
+FPTQ_HD constexpr int StreamChunk(StreamForm form) { return form == StreamForm::kMany ? 2 : StreamBlocksAtOnce(form); }
 
 /// Bytes of weights beyond its ring that a CTA asks into L2 while it waits for activations. It costs more than it
 /// brings where more tokens have to pass through L2 and the ring holds most of the weights anyway (measured).
@@ -124,15 +140,16 @@ struct StreamMemory {
   int total;
 
   /// `blocks`: the largest share of K of a CTA, in blocks.
-  FPTQ_HD static constexpr StreamMemory Of(int tokens, int blocks, int stages, int inboxes, int block_stride) {
+  FPTQ_HD static constexpr StreamMemory Of(int tokens, StreamForm form, int blocks, int stages, int inboxes,
+                                           int block_stride) {
     StreamMemory memory{};
     memory.tile_bytes = tokens * packing::kBlockK;
-    memory.chunk_bytes = StreamChunk(tokens) * block_stride;
-    memory.inbox_bytes = tokens * StreamStrips(tokens) * packing::kStripN * 4;
+    memory.chunk_bytes = StreamChunk(form) * block_stride;
+    memory.inbox_bytes = tokens * StreamStrips(form) * packing::kStripN * 4;
     memory.inbox = blocks * memory.tile_bytes;
-    memory.weights = memory.inbox + inboxes * StreamGroups(tokens) * memory.inbox_bytes;
-    memory.barriers = memory.weights + stages * StreamStrips(tokens) * memory.chunk_bytes;
-    memory.barrier_count = 2 * stages + 2 * StreamGroups(tokens) + 1;
+    memory.weights = memory.inbox + inboxes * StreamGroups(form) * memory.inbox_bytes;
+    memory.barriers = memory.weights + stages * StreamStrips(form) * memory.chunk_bytes;
+    memory.barrier_count = 2 * stages + 2 * StreamGroups(form) + 1;
     memory.total = memory.barriers + memory.barrier_count * 8;
     return memory;
   }
@@ -144,8 +161,8 @@ struct StreamWork {
   int per_span, log_teams;
 
   /// `strips`: all of the cluster.
-  FPTQ_HD static constexpr StreamWork Of(int tokens, Range strips, int log_parts) {
-    return {strips, StreamStrips(tokens), LogOfPower(StreamGroups(tokens)) - log_parts};
+  FPTQ_HD static constexpr StreamWork Of(StreamForm form, Range strips, int log_parts) {
+    return {strips, StreamStrips(form), LogOfPower(StreamGroups(form)) - log_parts};
   }
   FPTQ_HD constexpr int Spans() const { return (strips.end - strips.begin + per_span - 1) / per_span; }
   FPTQ_HD constexpr int Rounds() const { return (Spans() + (1 << log_teams) - 1) >> log_teams; }
@@ -164,51 +181,95 @@ FPTQ_HD constexpr Range StreamBlocks(int k_blocks, int rank, int log_split, int 
   return {cta.begin + in_cta.begin, cta.begin + in_cta.end};
 }
 
+/// What the forms of the streaming kernel depend on.
+struct StreamScales {
+  bool plain;     ///< int4 weights, and one scale or multiplier per channel and block
+  bool is_float;  ///< plain, and float scales
+};
+
+/// Whether the streaming kernel has a form for a tile of tokens: no form without use, because each takes a compiler
+/// seconds.
+constexpr bool HasStreamForm(StreamForm form, int tokens, StreamScales scales) {
+  switch (form) {
+    case StreamForm::kMany:
+      return tokens > 16;
+    case StreamForm::kWide:
+      return tokens <= 16;
+    case StreamForm::kPaired:
+      return tokens <= 16 && scales.plain;
+    case StreamForm::kTall:
+      return tokens <= 16 && scales.plain && (scales.is_float || tokens <= 8);  // of 16 tokens, integers need registers
+  }
+  return false;
+}
+
 /// The streaming kernel for m tokens: clusters of at least two CTAs share K, strips are dealt to clusters evenly.
 /// stages = 0 if the activations do not fit: then the kernel cannot run.
-inline Config ChooseStream(const DeviceLimits& device, const packing::Layout& layout, int64_t m, Config config) {
+inline Config ChooseStream(const DeviceLimits& device, const packing::Layout& layout, StreamScales scales, int64_t m,
+                           Config config) {
   if (config.tile_m == 0) config.tile_m = m <= 8 ? 8 : m <= 16 ? 16 : m <= 32 ? 32 : 64;
   if (config.split_k == 1) config.split_k = 2;
   const int tokens = config.tile_m;
   const int blocks = static_cast<int>(layout.k_blocks);
   const int strips = static_cast<int>(layout.strips);
-  const int groups = StreamGroups(tokens);
   const Config wanted = config;
   config.stages = 0;
   int64_t best = INT64_MAX;
-  for (int split = 2; split <= 8; split *= 2) {
-    if (wanted.split_k != 0 ? split != wanted.split_k : split > 2 && blocks / split < 2) continue;
-    const int share = (blocks + split - 1) / split;
-    const int per_cluster = (strips + device.clusters[split] - 1) / device.clusters[split];
-    const int spans = (per_cluster + StreamStrips(tokens) - 1) / StreamStrips(tokens);
-    int parts = spans == 1 ? groups : spans == 2 ? groups / 2 : 1;
-    while (parts > 1 && share < parts) parts /= 2;
-    const int rounds = (spans * parts + groups - 1) / groups;
-    const int inboxes = rounds > 1 ? 2 : 1;
-    int depth = 0;  // stages of all rings
-    while (depth < 40 &&
-           StreamMemory::Of(tokens, share, depth + groups, inboxes, layout.block_stride).total <= device.shared_per_cta)
-      depth += groups;
-    if (depth == 0) continue;
-    // Clocks, measured: the device's bandwidth or the time of a group's own chain of blocks; loading the activations,
-    // which hides in part behind the weights; exchanges of sums; larger clusters; spans of half the strips.
-    const int64_t bandwidth = int64_t{230} * strips * blocks / device.multiprocessors;
-    const int64_t chain = int64_t{rounds} * ((share + parts - 1) / parts) * (500 + 10 * tokens);
-    const int64_t load = int64_t{5} * share * tokens;
-    const int64_t cost = (bandwidth > chain ? bandwidth : chain) + (load < 2240 ? load : 2240) + 2500 * (rounds - 1) +
-                         (split == 2   ? 0
-                          : split == 4 ? 600
-                                       : 700) +
-                         (per_cluster < StreamStrips(tokens) ? 1500 : 0);
-    if (cost >= best) continue;
-    best = cost;
-    config = {tokens,
-              StreamStrips(tokens) * packing::kStripN,
-              split,
-              wanted.stages == 0 ? depth : (wanted.stages + groups - 1) / groups * groups,
-              (strips + per_cluster - 1) / per_cluster,
-              parts,
-              inboxes};
+  for (const StreamForm form : kStreamForms) {
+    if (!HasStreamForm(form, tokens, scales)) continue;
+    if (wanted.form != StreamForm::kMany && wanted.form != form && HasStreamForm(wanted.form, tokens, scales)) {
+      continue;
+    }
+    const int groups = StreamGroups(form);
+    const int room = groups == 2 && tokens <= 16 ? 4096 : 0;  // for a small kernel beside this one
+    for (int split = 2; split <= 8; split *= 2) {
+      if (wanted.split_k != 0 ? split != wanted.split_k : split > 2 && blocks / split < 2) continue;
+      const int share = (blocks + split - 1) / split;
+      const int per_cluster = (strips + device.clusters[split] - 1) / device.clusters[split];
+      const int spans = (per_cluster + StreamStrips(form) - 1) / StreamStrips(form);
+      int parts = spans == 1 ? groups : spans == 2 ? groups / 2 : 1;
+      while (parts > 1 && share < parts) parts /= 2;
+      const int rounds = (spans * parts + groups - 1) / groups;
+      const int inboxes = rounds > 1 ? 2 : 1;
+      int depth = 0;  // stages of all rings
+      while (depth < 40 && StreamMemory::Of(tokens, form, share, depth + groups, inboxes, layout.block_stride).total <=
+                               device.shared_per_cta - room)
+        depth += groups;
+      if (depth == 0) continue;
+      // Clocks, measured on an H200. A round takes its part of the device's bandwidth, or a group's own chain of
+      // blocks.
+      const int64_t bandwidth = int64_t{230} * strips * blocks / device.multiprocessors;
+      const int64_t at_once = form != StreamForm::kTall ? 500 + 10 * tokens
+                              : scales.is_float         ? 850 + 30 * tokens
+                                                        : 2000 + 60 * tokens;
+      const int64_t chain = packing::CeilDiv(packing::CeilDiv(share, parts), StreamBlocksAtOnce(form)) * at_once;
+      const int teams = groups / parts;
+      int64_t cost = 0;
+      for (int round = 0; round < rounds; ++round) {
+        const int in_round = spans - round * teams < teams ? spans - round * teams : teams;
+        const int64_t arrival = bandwidth * in_round / spans;
+        cost += arrival > chain ? arrival : chain;
+      }
+      // A group whose ring holds few blocks waits for memory.
+      if (depth * StreamChunk(form) * StreamStrips(form) < 6 * groups) cost += bandwidth / 4;
+      // Loading the activations hides in part behind the weights. Exchanges of sums: tall groups go on meanwhile.
+      const int64_t load = int64_t{5} * share * tokens;
+      cost += load < 2240 ? load : 2240;
+      cost += (form == StreamForm::kTall ? 500 : 2500) * (rounds - 1);
+      cost += split == 2 ? 0 : split == 4 ? 600 : 700;  // larger clusters
+      if (form == StreamForm::kWide) cost += 1000;      // no room for the quantization of its activations beside it
+      if (per_cluster < StreamStrips(form)) cost += 1500;
+      if (cost >= best) continue;
+      best = cost;
+      config = {tokens,
+                StreamStrips(form) * packing::kStripN,
+                split,
+                wanted.stages == 0 ? depth : (wanted.stages + groups - 1) / groups * groups,
+                (strips + per_cluster - 1) / per_cluster,
+                parts,
+                inboxes,
+                form};
+    }
   }
   return config;
 }

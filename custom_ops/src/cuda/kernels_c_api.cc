@@ -36,6 +36,7 @@ fptq::cuda::Plan ToPlan(const FptqMatMulOptions* options) {
   plan.kernel = static_cast<fptq::cuda::Kernel>(options->kernel);
   plan.loader = static_cast<fptq::cuda::Loader>(options->loader);
   plan.config = {options->tile_m, options->tile_n, options->split_k, options->stages, 0};
+  plan.config.form = static_cast<fptq::plan::StreamForm>(options->form);
   plan.overlap = options->overlap == 0;
   return plan;
 }
@@ -89,7 +90,8 @@ int fptq_describe_plan(const FptqWeights* weights, int64_t m, FptqMatMulOptions*
                plan.config.tile_n,
                plan.config.split_k,
                plan.config.stages,
-               plan.overlap ? 0 : 1};
+               plan.overlap ? 0 : 1,
+               static_cast<int32_t>(plan.config.form)};
   });
 }
 

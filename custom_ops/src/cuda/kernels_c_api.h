@@ -26,6 +26,7 @@ typedef struct FptqMatMulOptions {
   int32_t split_k;  // CTAs of one cluster that share a tile; 0 = chosen, else 1 to 8; streaming: 2, 4, 8
   int32_t stages;   // depth of the shared-memory ring; 0 = chosen
   int32_t overlap;  // programmatic dependent launch: 0 = on, 1 = off
+  int32_t form;     // streaming kernel, up to 16 tokens: 0 = chosen, 1 = wide, 2 = paired, 3 = tall (tile_plan.h)
 } FptqMatMulOptions;
 
 FPTQ_EXPORT const char* fptq_last_error(void);

@@ -83,7 +83,9 @@ Plan ChoosePlan(const Device& device, const WeightView& weights, int64_t m, bool
   const auto choose_stream = [&] {
     plan.kernel = Kernel::kStream;
     plan.loader = Loader::kBulk;
-    plan.config = plan::ChooseStream(device.Limits(), layout, m, wanted.config);
+    const bool is_float = weights.encoding == Encoding::kFloat && layout.promotion_k == kBlockK;
+    const plan::StreamScales scales = {is_float || weights.encoding == Encoding::kInteger, is_float};
+    plan.config = plan::ChooseStream(device.Limits(), layout, scales, m, wanted.config);
     return plan.config.stages > 0;
   };
   const auto choose_warpgroup = [&] {

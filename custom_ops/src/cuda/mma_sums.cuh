@@ -6,9 +6,10 @@
 
 namespace fptq::cuda {
 
-/// The sums that one thread holds: for each strip kTokens / 8 fragments of 16 channels x 8 tokens. Strips share the
-/// activations that a thread loads, and their products do not wait for each other.
-template <class T, Promotion kPromotion, int kTokens, int kStrips>
+/// The sums that one thread holds: for each strip kTokens / 8 fragments of 16 channels x 8 tokens. Up to kBlocks blocks
+/// of each strip are multiplied at once. Their products do not wait for each other, nor do those of several strips,
+/// which share the activations that a thread loads.
+template <class T, Promotion kPromotion, int kTokens, int kStrips, int kBlocks = 1>
 class MmaSums {
   static constexpr int kFragments = kTokens / 8;
   static constexpr bool kFloat = HasFloatScales(kPromotion);
@@ -32,25 +33,27 @@ class MmaSums {
     }
   }
 
-  /// Adds one block of each strip. `weights`: shared address of the first strip's block, with its scales;
-  /// `strip_stride`: bytes to the next strip's; `tile`: shared address of the activations.
+  /// Adds kCount neighbouring blocks, at most kBlocks, of each strip. `weights`: shared address of the first strip's
+  /// first block, with its scales; `strip_stride`: bytes to the next strip's; `tile`: shared address of the
+  /// activations.
+  template <int kCount = 1>
   __device__ void Add(uint32_t weights, uint32_t strip_stride, uint32_t tile, const packing::Layout& layout) {
     if (kPromotion == Promotion::kBlock || (kPromotion == Promotion::kInteger && layout.promotion_k == kBlockK)) {
-      AddBlock<true>(weights, strip_stride, tile, layout);
+      AddBlock<true, kCount>(weights, strip_stride, tile, layout);
     } else {
-      AddBlock<false>(weights, strip_stride, tile, layout);
+      AddBlock<false, kCount>(weights, strip_stride, tile, layout);
     }
   }
 
   __device__ void Clear() {
 #pragma unroll
-    for (int s = 0; s < kStrips; ++s) {
+    for (int u = 0; u < kBlocks * kStrips; ++u) {
 #pragma unroll
       for (int j = 0; j < kFragments; ++j) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          partial_[s][j][i] = 0;
-          if constexpr (!kInt8) sum_[s][j][i] = 0;
+          partial_[u][j][i] = 0;
+          if (!kInt8 && u < kStrips) sum_[u % kSumStrips][j][i] = 0;
         }
       }
     }
@@ -61,7 +64,16 @@ class MmaSums {
     if constexpr (kFloat) {
       return {__float_as_uint(sum_[strip][fragment][odd]), __float_as_uint(sum_[strip][fragment][2 + odd])};
     } else {
-      const int (&sums)[4] = kInt8 ? partial_[strip][fragment] : sum_[kInt8 ? 0 : strip][fragment];
+      if constexpr (kInt8) {
+        uint2 pair = {0, 0};
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) {
+          pair.x += static_cast<uint32_t>(partial_[b * kStrips + strip][fragment][odd]);
+          pair.y += static_cast<uint32_t>(partial_[b * kStrips + strip][fragment][2 + odd]);
+        }
+        return pair;
+      }
+      const int (&sums)[4] = sum_[kInt8 ? 0 : strip][fragment];
       return {static_cast<uint32_t>(sums[odd]), static_cast<uint32_t>(sums[2 + odd])};
     }
   }
@@ -69,31 +81,36 @@ class MmaSums {
  private:
   static constexpr int kScaleBytes = kFloat ? sizeof(T) : sizeof(packing::IntegerScale);
 
-  /// `kWhole`: one group of rows, or part of one.
-  template <bool kWhole>
+  /// `kWhole`: one group of rows, or part of one. Block c of strip s is unit c * kStrips + s.
+  template <bool kWhole, int kCount>
   __device__ __forceinline__ void AddBlock(uint32_t weights, uint32_t strip_stride, uint32_t tile,
                                            const packing::Layout& layout) {
     // Few tokens: everything is loaded first, so that the latencies overlap. Many: half a block at a time, for
     // registers.
+    constexpr int kUnits = kCount * kStrips;
     constexpr int kHeld = kTokens <= 16 && kPromotion != Promotion::kStep ? 2 : 1;
-    uint4 words[kStrips][kHeld];
-    uint32_t b[kHeld][kFragments][4];
+    uint4 words[kUnits][kHeld];
+    uint32_t b[kCount][kHeld][kFragments][4];
+    const auto unit = [&](int u) { return weights + u % kStrips * strip_stride + u / kStrips * layout.block_stride; };
     const auto load = [&](int half) {
 #pragma unroll
-      for (int s = 0; s < kStrips && !kInt8; ++s) {
-        words[s][half % kHeld] = ptx::LoadShared<uint4>(weights + s * strip_stride + word_offset_ + half * kHalfBytes);
+      for (int u = 0; u < kUnits && !kInt8; ++u) {
+        words[u][half % kHeld] = ptx::LoadShared<uint4>(unit(u) + word_offset_ + half * kHalfBytes);
       }
 #pragma unroll
-      for (int j = 0; j < kFragments; ++j) {
-        ptx::LoadMatrices(b[half % kHeld][j], tile + tile_offset_[half] + j * 8 * kBlockK);
+      for (int c = 0; c < kCount; ++c) {
+#pragma unroll
+        for (int j = 0; j < kFragments; ++j) {
+          ptx::LoadMatrices(b[c][half % kHeld][j], tile + tile_offset_[half] + c * kTokens * kBlockK + j * 8 * kBlockK);
+        }
       }
     };
-    ScalePair scales[kStrips];
+    ScalePair scales[kUnits];
     load(0);
     if constexpr (kHeld == 2) load(1);
 #pragma unroll
-    for (int s = 0; s < kStrips; ++s) {
-      if constexpr (kWhole) scales[s] = ptx::LoadShared<ScalePair>(weights + s * strip_stride + scale_offset_);
+    for (int u = 0; u < kUnits; ++u) {
+      if constexpr (kWhole) scales[u] = ptx::LoadShared<ScalePair>(unit(u) + scale_offset_);
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -102,14 +119,13 @@ class MmaSums {
       for (int in_half = 0; in_half < 2; ++in_half) {
         const int step = 2 * half + in_half;
 #pragma unroll
-        for (int s = 0; s < kStrips; ++s) {
-          const uint4& four = words[s][half % kHeld];
+        for (int u = 0; u < kUnits; ++u) {
+          const uint4& four = words[u][half % kHeld];
           const uint32_t even = in_half == 0 ? four.x : four.z;
           const uint32_t odd = in_half == 0 ? four.y : four.w;
-          const uint32_t at = weights + s * strip_stride + scale_offset_;
           packing::Fragment fragment;
           if constexpr (kInt8) {
-            fragment = ptx::LoadShared<packing::Fragment>(weights + s * strip_stride + word_offset_ +
+            fragment = ptx::LoadShared<packing::Fragment>(unit(u) + word_offset_ +
                                                           step * (packing::kInt8BlockBytes / kStepsPerBlock));
           } else if constexpr (kFloat) {
             fragment = packing::UnpackFloat(even, odd);
@@ -118,18 +134,19 @@ class MmaSums {
           }
 #pragma unroll
           for (int j = 0; j < kFragments; ++j) {
-            const uint32_t (&tokens)[4] = b[half % kHeld][j];
+            const uint32_t (&tokens)[4] = b[u / kStrips][half % kHeld][j];
             if (!kInt8 && step == 0) {
-              ptx::MmaSet(partial_[s][j], fragment.a, tokens[2 * in_half], tokens[2 * in_half + 1]);
+              ptx::MmaSet(partial_[u][j], fragment.a, tokens[2 * in_half], tokens[2 * in_half + 1]);
             } else {
-              ptx::MmaAdd(partial_[s][j], fragment.a, tokens[2 * in_half], tokens[2 * in_half + 1]);
+              ptx::MmaAdd(partial_[u][j], fragment.a, tokens[2 * in_half], tokens[2 * in_half + 1]);
             }
           }
           if constexpr (kWhole) {
-            if (step == kStepsPerBlock - 1) Promote<true>(s, scales[s]);
+            if (step == kStepsPerBlock - 1) Promote<true>(u, scales[u]);
           } else if constexpr (!kInt8) {
             if (layout.PromotesAfterStep(step)) {
-              Promote<false>(s, ptx::LoadShared<ScalePair>(at + layout.ScaleRowOfStep(step) * kStripN * kScaleBytes));
+              Promote<false>(u, ptx::LoadShared<ScalePair>(unit(u) + scale_offset_ +
+                                                           layout.ScaleRowOfStep(step) * kStripN * kScaleBytes));
             }
           }
         }
@@ -139,13 +156,13 @@ class MmaSums {
 
   /// Adds the sums of one group of rows times their scale. Digits: 16 times too much, which is exact to take out.
   template <bool kWhole>
-  __device__ __forceinline__ void Promote(int strip, ScalePair scales) {
+  __device__ __forceinline__ void Promote(int unit, ScalePair scales) {
 #pragma unroll
     for (int j = 0; j < kFragments; ++j) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        Sum& sum = sum_[strip][j][i];
-        int& partial = partial_[strip][j][i];
+        Sum& sum = sum_[unit % kSumStrips][j][i];
+        int& partial = partial_[unit][j][i];
         if constexpr (kFloat) {
           const float2 scale = Numeric<T>::ToFloat2(scales);
           sum = fmaf(i < 2 ? scale.x : scale.y, static_cast<float>(partial), sum);
@@ -157,9 +174,10 @@ class MmaSums {
     }
   }
 
+  static constexpr int kSumStrips = kInt8 ? 1 : kStrips;
   uint32_t word_offset_, scale_offset_, tile_offset_[2];
-  int partial_[kStrips][kFragments][4] = {};
-  Sum sum_[kInt8 ? 1 : kStrips][kFragments][4] = {};
+  int partial_[kBlocks * kStrips][kFragments][4] = {};
+  Sum sum_[kSumStrips][kFragments][4] = {};
 };
 
 }  // namespace fptq::cuda

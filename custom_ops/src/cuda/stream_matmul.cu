@@ -13,31 +13,34 @@
 namespace fptq::cuda {
 namespace {
 
-template <int kTokens>
+template <int kTokens, plan::StreamForm kForm>
 struct StreamShape {
-  static constexpr int kGroups = plan::StreamGroups(kTokens);
-  static constexpr int kStrips = plan::StreamStrips(kTokens);
-  static constexpr int kChunk = plan::StreamChunk(kTokens);
+  static constexpr int kGroups = plan::StreamGroups(kForm);
+  static constexpr int kStrips = plan::StreamStrips(kForm);
+  static constexpr int kChunk = plan::StreamChunk(kForm);
+  static constexpr int kBlocksAtOnce = plan::StreamBlocksAtOnce(kForm);
   static constexpr int kConsumerThreads = kGroups * kGroupThreads;
   static constexpr int kConsumerWarps = kConsumerThreads / 32;
   static constexpr int kThreads = kConsumerThreads + 32 * kGroups;
+  // Two groups of few tokens leave registers for a small kernel beside them: at most 144 a thread.
+  static constexpr int kLaunchBound = kTokens <= 16 && kGroups == 2 ? 448 : kThreads;
   static constexpr int kStripPairs = kTokens * kStripN / 2;  // of neighbouring channels in a strip's tile
   static constexpr int kPairs = kStrips * kStripPairs;       // in a span's
 };
 
-template <int kTokens>
+template <int kTokens, plan::StreamForm kForm>
 class StreamCta {
-  using Shape = StreamShape<kTokens>;
+  using Shape = StreamShape<kTokens, kForm>;
 
  public:
   __device__ StreamCta(const MatMulArguments& args, uint8_t* shared_memory)
       : args(args),
         rank(static_cast<int>(blockIdx.x) & (args.split - 1)),
         depth(args.stages / Shape::kGroups),
-        work(plan::StreamWork::Of(kTokens, Strips(), args.log_parts)),
+        work(plan::StreamWork::Of(kForm, Strips(), args.log_parts)),
         first_row(static_cast<int>(blockIdx.y) * kTokens),
         shared(shared_memory),
-        memory(plan::StreamMemory::Of(kTokens, (KBlocks() + args.split - 1) >> args.log_split, args.stages,
+        memory(plan::StreamMemory::Of(kTokens, kForm, (KBlocks() + args.split - 1) >> args.log_split, args.stages,
                                       args.inboxes, args.weights.layout.block_stride)),
         full(reinterpret_cast<uint64_t*>(shared + memory.barriers)),
         empty(full + args.stages),
@@ -74,9 +77,9 @@ class StreamCta {
 };
 
 /// One thread per group. Weights are constants: they are asked for before the kernels ahead have finished.
-template <int kTokens>
-__device__ __forceinline__ void Produce(const StreamCta<kTokens>& cta, int group) {
-  using Shape = StreamShape<kTokens>;
+template <int kTokens, plan::StreamForm kForm>
+__device__ __forceinline__ void Produce(const StreamCta<kTokens, kForm>& cta, int group) {
+  using Shape = StreamShape<kTokens, kForm>;
   const WeightView& w = cta.args.weights;
   const packing::Layout& layout = w.layout;
   const plan::Range blocks = cta.BlocksOf(group);
@@ -109,9 +112,9 @@ __device__ __forceinline__ void Produce(const StreamCta<kTokens>& cta, int group
 
 /// The activations of the CTA's share of K, once the kernels ahead have written them: one thread of each consumer warp
 /// asks for its part, because a request takes a thread about 200 clocks.
-template <int kTokens>
-__device__ __forceinline__ void LoadActivations(const StreamCta<kTokens>& cta, const CUtensorMap& map) {
-  using Shape = StreamShape<kTokens>;
+template <int kTokens, plan::StreamForm kForm>
+__device__ __forceinline__ void LoadActivations(const StreamCta<kTokens, kForm>& cta, const CUtensorMap& map) {
+  using Shape = StreamShape<kTokens, kForm>;
   ptx::WaitForPredecessors();
   if (threadIdx.x % 32 != 0) return;
   const plan::Range blocks = cta.Blocks();
@@ -126,9 +129,9 @@ __device__ __forceinline__ void LoadActivations(const StreamCta<kTokens>& cta, c
   }
 }
 
-template <class T, Promotion kPromotion, int kTokens>
-__device__ __forceinline__ void Consume(const StreamCta<kTokens>& cta) {
-  using Shape = StreamShape<kTokens>;
+template <class T, Promotion kPromotion, int kTokens, plan::StreamForm kForm>
+__device__ __forceinline__ void Consume(const StreamCta<kTokens, kForm>& cta) {
+  using Shape = StreamShape<kTokens, kForm>;
   constexpr Encoding kEncoding = EncodingOf(kPromotion);
   constexpr int kLogPairs = plan::LogOfPower(Shape::kPairs);
   const packing::Layout& layout = cta.args.weights.layout;
@@ -150,7 +153,7 @@ __device__ __forceinline__ void Consume(const StreamCta<kTokens>& cta) {
     ptx::PrefetchLine(cta.args.call.a_scale + cta.first_row + thread);
   }
 
-  MmaSums<T, kPromotion, kTokens, Shape::kStrips> sums;
+  MmaSums<T, kPromotion, kTokens, Shape::kStrips, Shape::kBlocksAtOnce> sums;
   int end = blocks.end, chunk_bytes = memory.chunk_bytes;
   uint32_t ring = base + memory.weights + cta.StageOf(group, 0) * cta.StageBytes();
   ptx::Keep(end), ptx::Keep(chunk_bytes), ptx::Keep(ring);
@@ -167,6 +170,13 @@ __device__ __forceinline__ void Consume(const StreamCta<kTokens>& cta) {
     const int64_t n = int64_t{strip} * kStripN + packing::ThreadChannel((mine + thread) % kGroupThreads);
     const bool is_mine = thread < share && strip < strips.end;
     const Epilogue<T, kEncoding> epilogue(cta.args, is_mine ? n : 0);
+    const auto row_of = [&](int i) {  // row of A of the i-th pair of this contributor
+      const int q = (mine + i) % Shape::kStripPairs / kGroupThreads;
+      return cta.first_row + q / 2 * 8 + (mine + i) % 4 * 2 + q % 2;
+    };
+    // Where registers allow it, as early as possible: it would be the last thing to wait for.
+    constexpr bool kEarlyScale = kTokens <= 8 || Shape::kGroups == 2;
+    const float first_scale = kEarlyScale && is_mine ? epilogue.Scale(row_of(thread)) : 0.0f;
     sums.Clear();
     if (round == 0) ptx::BarrierWait(cta.activations, 0);
     uint32_t tile = base + (blocks.begin - cta.Blocks().begin) * memory.tile_bytes;
@@ -175,8 +185,16 @@ __device__ __forceinline__ void Consume(const StreamCta<kTokens>& cta) {
       const uint32_t weights = ring + at.stage * (Shape::kStrips * chunk_bytes);
       ptx::BarrierWait(cta.full + stage, at.parity);
       const int count = Shape::kChunk == 1 ? 1 : min(Shape::kChunk, end - block);
+      int i = 0;
+      if constexpr (Shape::kBlocksAtOnce > 1) {
+        static_assert(Shape::kChunk == Shape::kBlocksAtOnce);
+        if (count == Shape::kChunk) {
+          sums.template Add<Shape::kBlocksAtOnce>(weights, chunk_bytes, tile, layout);
+          i = count, tile += count * memory.tile_bytes;
+        }
+      }
 #pragma unroll 1
-      for (int i = 0; i < count; ++i, tile += memory.tile_bytes) {
+      for (; i < count; ++i, tile += memory.tile_bytes) {
         sums.Add(weights + i * layout.block_stride, chunk_bytes, tile, layout);
       }
       __syncwarp();
@@ -202,20 +220,19 @@ __device__ __forceinline__ void Consume(const StreamCta<kTokens>& cta) {
     for (int i = thread; is_mine && i < share; i += kGroupThreads) {
       uint2 sum = slots[i];
       for (int r = 1; r < 1 << log_contributors; ++r) sum = AddSums<kEncoding>(sum, slots[(r << log_share) + i]);
-      const int q = (mine + i) % Shape::kStripPairs / kGroupThreads;
-      const int m = cta.first_row + q / 2 * 8 + (mine + i) % 4 * 2 + q % 2;
-      epilogue.Store(m, sum, epilogue.Scale(m));
+      const int m = row_of(i);
+      epilogue.Store(m, sum, kEarlyScale && i == thread ? first_scale : epilogue.Scale(m));
     }
   }
 }
 
-template <class T, Promotion kPromotion, int kTokens>
-__global__ void __launch_bounds__(StreamShape<kTokens>::kThreads, 1)
+template <class T, Promotion kPromotion, int kTokens, plan::StreamForm kForm>
+__global__ void __launch_bounds__(StreamShape<kTokens, kForm>::kLaunchBound, 1)
     StreamKernel(const __grid_constant__ MatMulArguments args, const __grid_constant__ CUtensorMap map) {
 #if __CUDA_ARCH__ >= 900
-  using Shape = StreamShape<kTokens>;
+  using Shape = StreamShape<kTokens, kForm>;
   extern __shared__ __align__(1024) uint8_t shared[];
-  const StreamCta<kTokens> cta(args, shared);
+  const StreamCta<kTokens, kForm> cta(args, shared);
   const int producer = (static_cast<int>(threadIdx.x) - Shape::kConsumerThreads) / 32;  // below 0 for consumers
   if (threadIdx.x % 32 == 0) {  // initialisations of one warp follow each other, whatever its lanes
     if (threadIdx.x == 0) ptx::PrefetchTensorMap(&map);
@@ -236,11 +253,11 @@ __global__ void __launch_bounds__(StreamShape<kTokens>::kThreads, 1)
   }
   __syncwarp();
   ptx::ClusterWait();  // the other ranks' barriers are ready
-  if (threadIdx.x < Shape::kConsumerThreads) Consume<T, kPromotion, kTokens>(cta);
+  if (threadIdx.x < Shape::kConsumerThreads) Consume<T, kPromotion>(cta);
 #endif
 }
 
-template <class T, Promotion kPromotion, int kTokens>
+template <class T, Promotion kPromotion, int kTokens, plan::StreamForm kForm>
 void LaunchStreamKernel(const Device& device, MatMulArguments args, const Plan& plan, Stream stream) {
   const packing::Layout& layout = args.weights.layout;
   args.log_split = plan::LogOfPower(args.split);
@@ -252,27 +269,55 @@ void LaunchStreamKernel(const Device& device, MatMulArguments args, const Plan& 
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>(plan.config.clusters * args.split),
                     static_cast<unsigned>(packing::CeilDiv(args.call.m, kTokens)));
-  shape.threads = StreamShape<kTokens>::kThreads;
-  shape.shared_bytes = plan::StreamMemory::Of(kTokens, static_cast<int>(packing::CeilDiv(layout.k_blocks, args.split)),
-                                              args.stages, args.inboxes, layout.block_stride)
-                           .total;
+  shape.threads = StreamShape<kTokens, kForm>::kThreads;
+  shape.shared_bytes =
+      plan::StreamMemory::Of(kTokens, kForm, static_cast<int>(packing::CeilDiv(layout.k_blocks, args.split)),
+                             args.stages, args.inboxes, layout.block_stride)
+          .total;
   shape.cluster = args.split;
   shape.overlap = plan.overlap;
   const CUtensorMap map = ActivationMap(device, args.call, layout.k, kTokens);
-  Launch(StreamKernel<T, kPromotion, kTokens>, shape, stream, args, map);
+  Launch(StreamKernel<T, kPromotion, kTokens, kForm>, shape, stream, args, map);
+}
+
+template <Promotion kPromotion>
+inline constexpr plan::StreamScales kScalesOf = {kPromotion == Promotion::kBlock || kPromotion == Promotion::kInteger,
+                                                 kPromotion == Promotion::kBlock};
+
+template <class T, Promotion kPromotion, int kTokens>
+void LaunchStreamForm(const Device& device, const MatMulArguments& args, const Plan& plan, Stream stream) {
+  using Form = plan::StreamForm;
+  const auto launch = [&](auto form) {
+    constexpr Form kForm = decltype(form)::value;
+    if constexpr (plan::HasStreamForm(kForm, kTokens, kScalesOf<kPromotion>)) {
+      LaunchStreamKernel<T, kPromotion, kTokens, kForm>(device, args, plan, stream);
+    } else {
+      throw CudaError("the streaming kernel has no such form for these weights");
+    }
+  };
+  switch (plan.config.form) {
+    case Form::kMany:
+      return launch(std::integral_constant<Form, Form::kMany>{});
+    case Form::kWide:
+      return launch(std::integral_constant<Form, Form::kWide>{});
+    case Form::kPaired:
+      return launch(std::integral_constant<Form, Form::kPaired>{});
+    case Form::kTall:
+      return launch(std::integral_constant<Form, Form::kTall>{});
+  }
 }
 
 template <class T, Promotion kPromotion>
 void LaunchStreamOf(const Device& device, const MatMulArguments& args, const Plan& plan, Stream stream) {
   switch (plan.config.tile_m) {
     case 8:
-      return LaunchStreamKernel<T, kPromotion, 8>(device, args, plan, stream);
+      return LaunchStreamForm<T, kPromotion, 8>(device, args, plan, stream);
     case 16:
-      return LaunchStreamKernel<T, kPromotion, 16>(device, args, plan, stream);
+      return LaunchStreamForm<T, kPromotion, 16>(device, args, plan, stream);
     case 32:
-      return LaunchStreamKernel<T, kPromotion, 32>(device, args, plan, stream);
+      return LaunchStreamForm<T, kPromotion, 32>(device, args, plan, stream);
     case 64:
-      return LaunchStreamKernel<T, kPromotion, 64>(device, args, plan, stream);
+      return LaunchStreamForm<T, kPromotion, 64>(device, args, plan, stream);
     default:
       throw CudaError("the streaming kernel has no tile of " + std::to_string(plan.config.tile_m) + " tokens");
   }
@@ -289,7 +334,7 @@ void LaunchStream(const Device& device, const MatMulArguments& args, const Plan&
 }
 
 int MaxActiveClusters(const Device& device, int size) {
-  const auto kernel = StreamKernel<__half, Promotion::kBlock, 8>;
+  const auto kernel = StreamKernel<__half, Promotion::kBlock, 8, plan::StreamForm::kWide>;
   Check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.max_shared_bytes),
         "cudaFuncSetAttribute");
   cudaLaunchAttribute cluster;
@@ -297,7 +342,7 @@ int MaxActiveClusters(const Device& device, int size) {
   cluster.val.clusterDim = {static_cast<unsigned>(size), 1, 1};
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(device.multiprocessors / size * size));
-  config.blockDim = dim3(StreamShape<8>::kThreads);
+  config.blockDim = dim3(StreamShape<8, plan::StreamForm::kWide>::kThreads);
   config.dynamicSmemBytes = static_cast<size_t>(device.max_shared_bytes);
   config.attrs = &cluster;
   config.numAttrs = 1;

@@ -305,7 +305,6 @@ void TestTileOrder() {
 
 /// Walks the streaming kernel's schedule: every block of every strip once, by one group of one CTA.
 void CheckStreamSchedule(const Layout& layout, const plan::Config& config) {
-  const int tokens = config.tile_m;
   const int blocks = static_cast<int>(layout.k_blocks);
   const int strips = static_cast<int>(layout.strips);
   const int log_split = plan::LogOfPower(config.split_k);
@@ -313,16 +312,16 @@ void CheckStreamSchedule(const Layout& layout, const plan::Config& config) {
   std::vector<int> visits(static_cast<size_t>(strips * blocks), 0);
   for (int cluster = 0; cluster < config.clusters; ++cluster) {
     const plan::StreamWork work =
-        plan::StreamWork::Of(tokens, plan::Share(strips, cluster, config.clusters), log_parts);
+        plan::StreamWork::Of(config.form, plan::Share(strips, cluster, config.clusters), log_parts);
     EXPECT(work.Rounds() <= 1 || config.inboxes == 2, "%d rounds, %d inboxes", work.Rounds(), config.inboxes);
     for (int rank = 0; rank < config.split_k; ++rank) {
       const plan::Range cta = plan::ShareOfPower(blocks, rank, log_split);
-      for (int group = 0; group < plan::StreamGroups(tokens); ++group) {
+      for (int group = 0; group < plan::StreamGroups(config.form); ++group) {
         const plan::Range mine = plan::StreamBlocks(blocks, rank, log_split, group % config.parts, log_parts);
         EXPECT(mine.begin >= cta.begin && mine.end <= cta.end, "group %d leaves the K of its CTA", group);
         for (int round = 0; round < work.Rounds(); ++round) {
           const plan::Range span = work.Strips(round, group / config.parts);
-          EXPECT(span.end - span.begin <= plan::StreamStrips(tokens), "span of %d strips", span.end - span.begin);
+          EXPECT(span.end - span.begin <= plan::StreamStrips(config.form), "span of %d strips", span.end - span.begin);
           for (int strip = span.begin; strip < span.end; ++strip) {
             for (int block = mine.begin; block < mine.end; ++block)
               ++visits[static_cast<size_t>(strip * blocks + block)];
@@ -338,9 +337,9 @@ void CheckStreamSchedule(const Layout& layout, const plan::Config& config) {
 }
 
 /// The exchange of sums gives each pair of channels of a span one owner and each inbox slot one writer.
-void CheckStreamExchange(int tokens, int split, int parts) {
+void CheckStreamExchange(int tokens, plan::StreamForm form, int split, int parts) {
   const int strip_pairs = tokens * kStripN / 2;
-  const int pairs = plan::StreamStrips(tokens) * strip_pairs;
+  const int pairs = plan::StreamStrips(form) * strip_pairs;
   const int contributors = split * parts;
   const int log_share = plan::LogOfPower(pairs) - plan::LogOfPower(contributors);
   const int share = 1 << log_share;
@@ -378,15 +377,21 @@ void TestStreamPlan() {
         for (const int64_t block_size : {int64_t{32}, int64_t{128}}) {
           const Layout layout = Layout::Of(k, n, std::min(k, block_size), 4);
           if (layout.promotion_k == 0) continue;
-          for (const int wanted_split : {0, 2, 4, 8}) {
+          for (int choice = 0; choice < 16; ++choice) {
             plan::Config wanted;
-            wanted.split_k = wanted_split;
-            const plan::Config config = plan::ChooseStream(h200, layout, m, wanted);
+            wanted.split_k = choice % 4 == 0 ? 0 : 1 << choice % 4;
+            wanted.form = plan::kStreamForms[choice / 4];
+            const plan::StreamScales scales = {layout.promotion_k == kBlockK,
+                                               layout.promotion_k == kBlockK && k % 3 != 0};
+            const plan::Config config = plan::ChooseStream(h200, layout, scales, m, wanted);
             if (config.stages == 0) continue;  // the activations do not fit: another kernel runs
-            const int groups = plan::StreamGroups(config.tile_m);
+            EXPECT(plan::HasStreamForm(config.form, config.tile_m, scales), "form");
+            EXPECT(wanted.form == config.form || !plan::HasStreamForm(wanted.form, config.tile_m, scales), "form");
+            const int groups = plan::StreamGroups(config.form);
             const int blocks = static_cast<int>(layout.k_blocks);
-            const auto memory = plan::StreamMemory::Of(config.tile_m, static_cast<int>(CeilDiv(blocks, config.split_k)),
-                                                       config.stages, config.inboxes, layout.block_stride);
+            const auto memory =
+                plan::StreamMemory::Of(config.tile_m, config.form, static_cast<int>(CeilDiv(blocks, config.split_k)),
+                                       config.stages, config.inboxes, layout.block_stride);
             EXPECT(memory.total <= h200.shared_per_cta, "%d bytes", memory.total);
             EXPECT(config.stages % groups == 0 && config.stages >= groups, "%d stages", config.stages);
             EXPECT(memory.inbox % 1024 == 0 && memory.weights % 128 == 0 && memory.barriers % 8 == 0, "alignment");
@@ -401,7 +406,11 @@ void TestStreamPlan() {
   }
   for (int tokens : {8, 16, 32, 64}) {
     for (int split : {2, 4, 8}) {
-      for (int parts = 1; parts <= plan::StreamGroups(tokens); parts *= 2) CheckStreamExchange(tokens, split, parts);
+      for (const plan::StreamForm form : plan::kStreamForms) {
+        if (!plan::HasStreamForm(form, tokens, {true, true})) continue;
+        for (int parts = 1; parts <= plan::StreamGroups(form); parts *= 2)
+          CheckStreamExchange(tokens, form, split, parts);
+      }
     }
   }
   for (int count : {0, 1, 5, 32, 112}) {

@@ -239,9 +239,10 @@ inline Config ChooseStream(const DeviceLimits& device, const packing::Layout& la
       // Clocks, measured on an H200. A round takes its part of the device's bandwidth, or a group's own chain of
       // blocks.
       const int64_t bandwidth = int64_t{230} * strips * blocks / device.multiprocessors;
-      const int64_t at_once = form != StreamForm::kTall ? 500 + 10 * tokens
-                              : scales.is_float         ? 850 + 30 * tokens
-                                                        : 2000 + 60 * tokens;
+      const bool integers = !scales.is_float;  // they take more instructions: half of the warps are too few sooner
+      int64_t at_once = 500 + 10 * tokens;
+      if (form == StreamForm::kTall) at_once = integers ? 2000 + 60 * tokens : 850 + 30 * tokens;
+      if (form == StreamForm::kPaired && integers && tokens <= 8) at_once = 900;
       const int64_t chain = packing::CeilDiv(packing::CeilDiv(share, parts), StreamBlocksAtOnce(form)) * at_once;
       const int teams = groups / parts;
       int64_t cost = 0;
@@ -257,7 +258,10 @@ inline Config ChooseStream(const DeviceLimits& device, const packing::Layout& la
       cost += load < 2240 ? load : 2240;
       cost += (form == StreamForm::kTall ? 500 : 2500) * (rounds - 1);
       cost += split == 2 ? 0 : split == 4 ? 600 : 700;  // larger clusters
-      if (form == StreamForm::kWide) cost += 1000;      // no room for the quantization of its activations beside it
+      // The quantization of the activations finds no room beside a kernel with this many threads, and the last few
+      // activations arrive late where weights occupy nearly all multiprocessors.
+      if (form == StreamForm::kWide) cost += 1000;
+      if (form == StreamForm::kTall && m <= 4) cost += m == 1 ? 1500 : 20 * share;
       if (per_cluster < StreamStrips(form)) cost += 1500;
       if (cost >= best) continue;
       best = cost;

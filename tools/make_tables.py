@@ -211,12 +211,16 @@ TABLES: dict[str, Callable[[Record], str]] = {
 
 
 def _draw_models(records: Sequence[Record]) -> str:
-    """A table of each network that the newest commit was measured on."""
+    """A table of each network that was measured on the day and the device of the newest record."""
     of_kind = [record for record in records if record["kind"] == "gpu-models"]
     if not of_kind:
         raise KeyError(f"no record of kind 'gpu-models' in {RECORDS_DIRECTORY.name}/")
+
+    def occasion(record: Record) -> tuple[str, str]:
+        return record["created"][:10], record["gpu"].get("name", "")
+
     newest = {
-        record["protocol"].get("network"): record for record in of_kind if record["commit"] == of_kind[-1]["commit"]
+        record["protocol"].get("network"): record for record in of_kind if occasion(record) == occasion(of_kind[-1])
     }
     return "\n".join(f"{_models(record)}\n\n{_source(record)}\n" for record in newest.values())
 

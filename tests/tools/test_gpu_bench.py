@@ -368,15 +368,18 @@ def test_readme_tables_are_those_of_the_records():
     assert make_tables.redraw(text, records.load_records()) == text
 
 
-def test_each_network_of_the_newest_commit_has_a_table(tmp_path):
-    def write(commit, network, rate):
-        head = {**records.environment(), "gpu": {"name": "NVIDIA H200", "driver": "580.1"}, "commit": commit}
+def test_each_network_of_the_newest_occasion_has_a_table(tmp_path):
+    def write(device, created, network, rate):
+        head = {**records.environment(), "gpu": {"name": device, "driver": "580.1"}, "created": created}
         row = {"phase": "decode", "batch": 1, "tokens": 1, "tokens_per_s": {"W4A8": {"median": rate}}}
         body = {"protocol": {"rounds": 5, "network": network}, "models": {"W4A8": {}}, "rows": [row]}
         records.write_record("gpu-models", head, body, tmp_path)
 
-    for commit, network, rate in (("one", "old", 1.0), ("two", "8B", 2.0), ("two", "small", 3.0), ("two", "8B", 4.0)):
-        write(commit, network, rate)
+    write("H200", "2026-01-01T10:00:00", "old", 1.0)
+    write("H100", "2026-01-02T09:00:00", "other", 1.0)
+    write("H200", "2026-01-02T10:00:00", "8B", 2.0)
+    write("H200", "2026-01-02T11:00:00", "small", 3.0)
+    write("H200", "2026-01-02T12:00:00", "8B", 4.0)
     drawn = make_tables.draw("gpu-models", records.load_records(tmp_path))
     assert re.findall(r"through onnxruntime, (\w+)\.", drawn) == ["8B", "small"]
     assert re.findall(r"\| decode, 1 x 1 \| +(\d) \|", drawn) == ["4", "3"]

@@ -189,7 +189,9 @@ def _load_gguf(directory: Path, gguf_file: str, dtype: torch.dtype) -> Any:
         read = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)  # type: ignore[no-untyped-call]
     except ImportError as error:
         raise ModelError(
-            str(path), "reading GGUF needs the package gguf", "Install it with: pip install 'fptq-onnx[export]'"
+            str(path),
+            f"reading GGUF needs the package gguf ({_first_line(error)})",
+            "Install it with: pip install 'fptq-onnx[export]'",
         ) from error
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(str(path), f"it cannot be loaded ({_first_line(error)})", "Check the file") from error

@@ -27,6 +27,7 @@ def build_driver(folder: Path, architecture: str) -> Path:
     """Compile the driver into `folder` and return its path.
 
     Raises:
+        FileNotFoundError: There is no nvcc on PATH.
         subprocess.CalledProcessError: nvcc failed; its messages are on stderr.
     """
     driver = folder / "sanitizer_driver"

@@ -111,7 +111,7 @@ def test_built_library_has_the_intended_code():
         "no disassembler: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
     )
     if library_info().cuda is None:  # then the library says so, and holds none
-        with pytest.raises(RuntimeError, match="holds no CUDA machine code"):
+        with pytest.raises(RuntimeError, match=r"holds no CUDA machine code|does not contain device code"):
             check_sass.read(get_library_path())
     else:
         assert check_sass.faults(check_sass.read(get_library_path())) == []

@@ -93,7 +93,8 @@ def convert(
         exclude: Regular expressions; layers whose label or node name they match stay float, on top of the recipe's.
         plan: An edited plan (or its path) whose decisions replace those of the recipe and of `exclude`.
         fuse: Put norms and SiLU into one op with the quantization behind them, see `FuseQuantizePass`: faster on
-            CPU and CUDA. Replace onnxruntime's attention in float32 graphs, which are for the CPU, see
+            CPU and CUDA. Put other per-token quantizations into one op with the layer behind them, see
+            `FuseDynamicMatMulPass`. Replace onnxruntime's attention in float32 graphs, which are for the CPU, see
             `FuseAttentionPass`.
         dry_run: Calibrate and plan only; write `<output>.plan.json` and no model.
         verify_tokens: Tokens of the calibration data to compare the saved model with the float one on; 0 skips it.

@@ -10,6 +10,7 @@ import onnx_ir.passes.common
 
 from fptq_onnx.passes.add_functions import AddFunctionsPass
 from fptq_onnx.passes.fuse_attention import FuseAttentionPass
+from fptq_onnx.passes.fuse_dynamic_matmul import FuseDynamicMatMulPass
 from fptq_onnx.passes.fuse_quantize import FuseQuantizePass
 from fptq_onnx.passes.inline_functions import InlineFunctionsPass
 from fptq_onnx.passes.quantize_embedding import QuantizeEmbeddingPass, find_tied_heads
@@ -46,7 +47,8 @@ def rewrite(
         output_format: See `convert`.
         embedding: How the table that token ids are looked up in is stored.
         group_size: Channels per scale of an int4 table that is not the head's.
-        fuse: Put norms and SiLU into one op with the quantization behind them, and float32 attention into ours.
+        fuse: Put norms and SiLU into one op with the quantization behind them, other per-token quantizations into one
+            with the product behind them, and float32 attention into ours.
 
     Returns:
         What became of the embedding table, for the report.
@@ -56,6 +58,7 @@ def rewrite(
     PASSES[output_format](quantization)(model)
     if fuse:
         FuseQuantizePass()(model)
+        FuseDynamicMatMulPass()(model)
         FuseAttentionPass()(model)
     AddFunctionsPass()(model)
     if output_format == "qdq":

@@ -32,7 +32,7 @@ _TRIED = 3
 _CULPRIT = 0.2
 # A change of thresholds that makes layers static may raise the loss to this multiple.
 _STATIC_TOLERANCE = 1.5
-_INTEGER_KERNELS = ("W4A8MatMul", "W8A8MatMul")
+_INTEGER_KERNELS = ("W4A8MatMul", "W8A8MatMul", "DynamicQuantizeW4A8MatMul")
 
 
 def diagnose(evidence: Evidence) -> list[Finding]:

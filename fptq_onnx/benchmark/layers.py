@@ -17,11 +17,14 @@ from fptq_onnx.benchmark.profile import NodeTime, PhaseTimes
 from fptq_onnx.benchmark.results import LayerTime, OpTime, PhaseProfile
 from fptq_onnx.errors import RuntimeUnavailableError
 from fptq_onnx.graph.linears import find_linears
-from fptq_onnx.ops import DOMAIN, w4a8_matmul, w8a8_matmul
+from fptq_onnx.ops import DOMAIN, dynamic_quantize_w4a8_matmul, w4a8_matmul, w8a8_matmul
 from fptq_onnx.ops.inspection import Product, kernel_name
 from fptq_onnx.runtime import Provider
 
 _LEVELS = {"MatMulNBits": "accuracy_level"}
+# This package's products, with int4 weights and with others.
+_INT4_PRODUCTS = (w4a8_matmul.NAME, dynamic_quantize_w4a8_matmul.NAME)
+_PRODUCTS = (*_INT4_PRODUCTS, w8a8_matmul.NAME)
 _CUDA = "CUDAExecutionProvider"
 
 
@@ -55,7 +58,7 @@ def index_layers(model: ir.Model, path: Path) -> LayerIndex:
     products, levels = {}, {}
     for node in model.graph:
         name = node.name or ""
-        if node.domain == DOMAIN and node.op_type in (w4a8_matmul.NAME, w8a8_matmul.NAME):
+        if node.domain == DOMAIN and node.op_type in _PRODUCTS:
             product = _product(node)
             if product is not None:
                 products[name] = product
@@ -118,10 +121,10 @@ def _kernel(node: NodeTime, origin: str, index: LayerIndex, provider: Provider) 
     if node.op in _LEVELS and origin in index.levels:
         return f"accuracy level {index.levels[origin]}"
     product = index.products.get(origin)
-    if product is None or node.op not in (w4a8_matmul.NAME, w8a8_matmul.NAME):
+    if product is None or node.op not in _PRODUCTS:
         return None
     on_cuda = node.provider == _CUDA and provider == "cuda"
-    if on_cuda and node.op != w4a8_matmul.NAME:
+    if on_cuda and node.op not in _INT4_PRODUCTS:
         return None
     at_rows = Product(node.rows, product.k, product.n, product.block_size, product.integer_scales, product.float_bytes)
     try:
@@ -131,7 +134,7 @@ def _kernel(node: NodeTime, origin: str, index: LayerIndex, provider: Provider) 
 
 
 def _product(node: ir.Node) -> Product | None:
-    weight, scale = node.inputs[3], node.inputs[4]
+    weight, scale = node.inputs[-2:]
     if weight is None or weight.shape is None or scale is None or scale.dtype is None:
         return None
     k, n = weight.shape.numpy()

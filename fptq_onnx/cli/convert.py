@@ -83,8 +83,9 @@ def convert(
         bool,
         typer.Option(
             "--fuse",
-            help="Faster steps around the layers: one op for a norm or SiLU and the quantization behind it, and this "
-            "package's attention in float32 graphs of onnxruntime-genai.",
+            help="Faster steps around the layers: one op for a norm or SiLU and the quantization behind it, one for "
+            "another per-token quantization and the layer that reads it, and this package's attention in float32 "
+            "graphs of onnxruntime-genai.",
         ),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Calibrate, write OUTPUT's .plan.json and stop.")] = False,

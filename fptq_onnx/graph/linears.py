@@ -32,6 +32,8 @@ _OPAQUE = {
     ("com.microsoft", "QGemm"): "it is already quantized",
     ("com.microsoft", "QAttention"): "it is already quantized",
     ("fptq", "W4A8MatMul"): "it is already quantized",
+    ("fptq", "W8A8MatMul"): "it is already quantized",
+    ("fptq", "DynamicQuantizeW4A8MatMul"): "it is already quantized",
     ("com.microsoft", "Attention"): "its projection weights are inside a fused operator; export without fusion",
     ("com.microsoft", "FusedMatMul"): "it is a fused operator; export without graph optimization",
     ("com.microsoft", "FusedGemm"): "it is a fused operator; export without graph optimization",

@@ -7,7 +7,7 @@ or infinity gets scale NaN and Y = 128, so that whatever is computed from it is 
 
 from __future__ import annotations
 
-__all__ = ["BODY_STEPS", "NAME", "ZERO_POINT", "dynamic_quantize_per_token", "function", "reference"]
+__all__ = ["NAME", "ZERO_POINT", "body_steps", "dynamic_quantize_per_token", "function", "reference"]
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ ZERO_POINT = 128
 
 # x * 0 is NaN exactly where x is not finite, so its row sum tells rows that hold NaN or infinity. onnxruntime's
 # reductions of an empty [0, K] give [0, K] instead of [0, 1]; the Slice, otherwise without effect, repairs that.
-BODY_STEPS = """
+_STEPS = """
   last = Constant <value_ints = [-1]> ()
   start = Constant <value_ints = [0]> ()
   end = Constant <value_ints = [1]> ()
@@ -39,28 +39,29 @@ BODY_STEPS = """
   reduced_probe = ReduceSum <keepdims = 1> (probe, last)
   row_probe = Slice (reduced_probe, start, end, last)
   is_bad = IsNaN (row_probe)
-  scale = Where (is_bad, row_probe, finite_scale)
+  {scale} = Where (is_bad, row_probe, finite_scale)
   ratio = Div (x, finite_scale)
   rounded = Round (ratio)
   usable = Where (is_bad, zero, rounded)
   clipped = Clip (usable, smallest, largest)
   shifted = Add (clipped, zero_point)
-  Y = Cast <to = 2> (shifted)
+  {quantized} = Cast <to = 2> (shifted)
 """
-"""Nodes of a function body that compute Y and scale from float32 x."""
 
-_BODY = f"""
-{NAME} (X) => (Y, scale)
-{{
-  x = Cast <to = 1> (X)
-{BODY_STEPS}
-}}
-"""
+
+def body_steps(quantized: str = "Y", scale: str = "scale") -> str:
+    """Return the nodes of a function body that quantize float32 x, as text.
+
+    Args:
+        quantized: Name of the uint8 result.
+        scale: Name of the float32 scale.
+    """
+    return _STEPS.format(quantized=quantized, scale=scale)
 
 
 def function() -> ir.Function:
     """Return the op as a function of standard ONNX operators, for runtimes without the op library."""
-    return function_from_text(_BODY)
+    return function_from_text(f"{NAME} (X) => (Y, scale)\n{{\n  x = Cast <to = 1> (X)\n{body_steps()}\n}}")
 
 
 def dynamic_quantize_per_token(x: ir.Value, *, name: str | None = None) -> ir.Node:

@@ -103,7 +103,7 @@ def _function(stem: str, inputs: str, attributes: str, steps: str, sum_output: s
     """Join the pieces; `steps` leaves float32 `product`, and the first input has the type T."""
     targets = ", y_scale, y_zero_point" if static else ""
     outputs = "Y" if static else "Y, scale"
-    quantize = "Y = QuantizeLinear (x, y_scale, y_zero_point)" if static else dynamic_quantize_per_token.BODY_STEPS
+    quantize = "Y = QuantizeLinear (x, y_scale, y_zero_point)" if static else dynamic_quantize_per_token.body_steps()
     return function_from_text(
         f"""
 {_name(stem, static)} {attributes} ({inputs}{targets}) => ({outputs}{sum_output})

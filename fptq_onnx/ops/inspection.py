@@ -74,7 +74,7 @@ class LibraryDescription:
 
 @dataclass(frozen=True)
 class Product:
-    """One matrix product of W4A8MatMul.
+    """One matrix product of W4A8MatMul or DynamicQuantizeW4A8MatMul.
 
     Attributes:
         rows: Rows of A, all dimensions but the last together.

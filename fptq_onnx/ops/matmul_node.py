@@ -1,4 +1,4 @@
-"""What the nodes of both integer products share."""
+"""What the nodes of the integer products share."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def matmul_node(
     overload: str = "",
     name: str | None = None,
 ) -> ir.Node:
-    """Build a node of W4A8MatMul or W8A8MatMul with what is known of its output.
+    """Build a node of an integer product with what is known of its output.
 
     Args:
         op: Name of the op.
-        inputs: A, a_scale, a_zero_point, B, b_scale.
+        inputs: The activations first, B and b_scale last.
         attributes: Of the op.
         overload: Which of the op's function bodies the node has.
         name: Of the node.
@@ -32,7 +32,7 @@ def matmul_node(
         The node; its output has the type of b_scale and, where A's and B's shapes are known, [..., N].
     """
     node = ir.node(op, inputs, attributes=attributes, domain=DOMAIN, overload=overload, name=name)
-    a, _, _, b, b_scale = inputs
+    a, *_, b, b_scale = inputs
     output = node.outputs[0]
     if b_scale.dtype is not None:
         output.type = ir.TensorType(b_scale.dtype)

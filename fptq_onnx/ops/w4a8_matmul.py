@@ -23,6 +23,7 @@ __all__ = [
     "INTEGER_SCALES",
     "NAME",
     "function",
+    "function_of",
     "group_sums",
     "integer_scales_function",
     "reference",
@@ -44,18 +45,15 @@ INTEGER_SCALES = "integer_scales"
 # The product is float32 for every T: CPU and CUDA providers have float32 kernels for all of these, float16 and bfloat16
 # differ by version. At optimisation level EXTENDED and above onnxruntime turns DequantizeLinear + MatMul into its own
 # MatMulNBits; the session entry "session.qdq_matmulnbits_accuracy_level" = "0" keeps the numerics written here.
-_FLOAT_BODY = f"""
-{NAME} <block_size, scale_max_multiple: int = 0> (A, a_scale, a_zero_point, B, b_scale) => (Y)
-{{
-  scale = Cast <to = 1> (b_scale)
-  weight = DequantizeLinear <axis = 0, block_size: int = @block_size> (B, scale)
-  a = Cast <to = 1> (A)
-  zero = Cast <to = 1> (a_zero_point)
-  centered = Sub (a, zero)
+_FLOAT_STEPS = """
+  wide_b_scale = Cast <to = 1> (b_scale)
+  weight = DequantizeLinear <axis = 0, block_size: int = @block_size> (B, wide_b_scale)
+  wide_a = Cast <to = 1> (A)
+  wide_zero_point = Cast <to = 1> (a_zero_point)
+  centered = Sub (wide_a, wide_zero_point)
   product = MatMul (centered, weight)
   scaled = Mul (product, a_scale)
   Y = CastLike (scaled, b_scale)
-}}
 """
 
 # base[n] = max_g |b_scale| / d, d the smallest integer for which all scales of the column are exact multiples (the rule
@@ -64,68 +62,79 @@ _FLOAT_BODY = f"""
 # integer sums: every runtime and every kernel of the op library gives the same bits. Weights are uint8 around 128,
 # because onnxruntime's uint8 x int8 products saturate on CPUs without VNNI. (onnx's ReferenceEvaluator cannot tell
 # overloads apart: it runs models whose nodes are all of one kind.)
-_INTEGER_BODY = f"""
-{NAME} <block_size, scale_max_multiple: int = 0> (A, a_scale, a_zero_point, B, b_scale) => (Y)
-{{
-  scale = Cast <to = 1> (b_scale)
-  magnitude = Abs (scale)
-  first_axis = Constant <value = int64[1] {{0}}> ()
-  second_axis = Constant <value = int64[1] {{1}}> ()
-  peak = ReduceMax <keepdims = 1> (magnitude, first_axis)
-  nothing = Constant <value = float {{0}}> ()
-  unit = Constant <value = float {{1}}> ()
+_INTEGER_STEPS = """
+  wide_b_scale = Cast <to = 1> (b_scale)
+  b_scale_magnitude = Abs (wide_b_scale)
+  first_axis = Constant <value = int64[1] {0}> ()
+  second_axis = Constant <value = int64[1] {1}> ()
+  peak = ReduceMax <keepdims = 1> (b_scale_magnitude, first_axis)
+  nothing = Constant <value = float {0}> ()
+  unit = Constant <value = float {1}> ()
   silent = Equal (peak, nothing)
-  largest = Where (silent, unit, peak)
-  divisors = Constant <value = float[15, 1, 1] {{1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}}> ()
-  bases = Div (largest, divisors)
-  ratios = Div (scale, bases)
+  known_peak = Where (silent, unit, peak)
+  divisors = Constant <value = float[15, 1, 1] {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}> ()
+  bases = Div (known_peak, divisors)
+  ratios = Div (wide_b_scale, bases)
   integers = Round (ratios)
   products = Mul (integers, bases)
-  equal = Equal (products, scale)
+  equal = Equal (products, wide_b_scale)
   equal_groups = Cast <to = 1> (equal)
   equal_columns = ReduceMin <keepdims = 1> (equal_groups, second_axis)
   exact = Cast <to = 9> (equal_columns)
-  too_large = Constant <value = float {{16}}> ()
+  too_large = Constant <value = float {16}> ()
   candidates = Where (exact, divisors, too_large)
   divisor = ReduceMin <keepdims = 0> (candidates, first_axis)
   structured = Less (divisor, too_large)
-  found = Div (largest, divisor)
+  found = Div (known_peak, divisor)
   none = Div (nothing, nothing)
   base = Where (structured, found, none)
-  multiple_float = Div (scale, base)
+  multiple_float = Div (wide_b_scale, base)
   multiple_rounded = Round (multiple_float)
   multiple = Cast <to = 6> (multiple_rounded)
   digits = Cast <to = 6> (B)
   shape = Shape <start = 0, end = 1> (digits)
-  zero = Constant <value = int64 {{0}}> ()
-  one = Constant <value = int64 {{1}}> ()
+  first_row = Constant <value = int64 {0}> ()
+  next_row = Constant <value = int64 {1}> ()
   k = Squeeze (shape)
-  rows = Range (zero, k, one)
+  rows = Range (first_row, k, next_row)
   block = Constant <value_int: int = @block_size> ()
   group = Div (rows, block)
   multiples = Gather (multiple, group)
   signed = Mul (digits, multiples)
-  centre_int = Constant <value = int32 {{128}}> ()
-  shifted = Add (signed, centre_int)
-  weight = Cast <to = 2> (shifted)
-  centre = Constant <value = uint8 {{128}}> ()
+  centre_int = Constant <value = int32 {128}> ()
+  offset_digits = Add (signed, centre_int)
+  weight = Cast <to = 2> (offset_digits)
+  centre = Constant <value = uint8 {128}> ()
   sum = MatMulInteger (A, weight, a_zero_point, centre)
   sum_float = Cast <to = 1> (sum)
   product = Mul (sum_float, base)
   scaled = Mul (product, a_scale)
   Y = CastLike (scaled, b_scale)
-}}
 """
 
 
 def function() -> ir.Function:
     """Return the op as a function of standard ONNX operators, for runtimes without the op library."""
-    return function_from_text(_FLOAT_BODY)
+    return function_of(NAME, "A, a_scale, a_zero_point, B, b_scale")
 
 
 def integer_scales_function() -> ir.Function:
     """Return the op's overload for integer-structured scales: bit for bit what the kernels compute."""
-    return function_from_text(_INTEGER_BODY, overload=INTEGER_SCALES)
+    return function_of(NAME, "A, a_scale, a_zero_point, B, b_scale", overload=INTEGER_SCALES)
+
+
+def function_of(name: str, inputs: str, *, first: str = "", overload: str = "") -> ir.Function:
+    """Return the product as the function of an op with these weights and attributes.
+
+    Args:
+        name: Of the op.
+        inputs: Its inputs, B and b_scale among them.
+        first: Nodes that compute A, a_scale and a_zero_point where these are no inputs.
+        overload: INTEGER_SCALES for the body that stays in integers.
+    """
+    steps = _INTEGER_STEPS if overload == INTEGER_SCALES else _FLOAT_STEPS
+    attributes = "<block_size, scale_max_multiple: int = 0>"
+    return function_from_text(f"{name} {attributes} ({inputs}) => (Y)\n{{{first}{steps}}}", overload=overload)
 
 
 def w4a8_matmul(

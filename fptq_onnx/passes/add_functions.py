@@ -10,6 +10,7 @@ from fptq_onnx.ops import (
     DOMAIN,
     VERSION,
     dynamic_quantize_per_token,
+    dynamic_quantize_w4a8_matmul,
     fused_quantize,
     group_query_attention,
     w4a8_matmul,
@@ -21,6 +22,11 @@ __all__ = ["AddFunctionsPass"]
 # By name and overload.
 FUNCTIONS: dict[tuple[str, str], Callable[[], ir.Function]] = {
     (dynamic_quantize_per_token.NAME, ""): dynamic_quantize_per_token.function,
+    (dynamic_quantize_w4a8_matmul.NAME, ""): dynamic_quantize_w4a8_matmul.function,
+    (
+        dynamic_quantize_w4a8_matmul.NAME,
+        w4a8_matmul.INTEGER_SCALES,
+    ): dynamic_quantize_w4a8_matmul.integer_scales_function,
     (w4a8_matmul.NAME, ""): w4a8_matmul.function,
     (w4a8_matmul.NAME, w4a8_matmul.INTEGER_SCALES): w4a8_matmul.integer_scales_function,
     (w8a8_matmul.NAME, ""): w8a8_matmul.function,

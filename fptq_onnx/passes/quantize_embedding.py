@@ -215,8 +215,8 @@ def _largest_block(width: int, most: int) -> int:
 def _weight_of(node: ir.Node) -> tuple[_Table | None, str]:
     """The integers of a replaced layer and what they are called in a recipe; "float" if it has none."""
     dequantize = node.inputs[1].producer() if node.op_type == "MatMul" and node.inputs[1] is not None else None
-    if node.op_type in ("W8A8MatMul", "W4A8MatMul"):
-        (integers, scale), block = node.inputs[3:5], node.attributes.get_int("block_size", 0)
+    if node.op_type in ("W8A8MatMul", "W4A8MatMul", "DynamicQuantizeW4A8MatMul"):
+        (integers, scale), block = node.inputs[-2:], node.attributes.get_int("block_size", 0)
     elif node.op_type == "MatMulNBits":
         (integers, scale), block = node.inputs[1:3], node.attributes.get_int("block_size", 0)
     elif dequantize is not None and dequantize.op_type == "DequantizeLinear":

@@ -11,10 +11,11 @@ from pathlib import Path
 import families
 import onnx_ir as ir
 import pytest
-from conversions import converted
+from conversions import converted, recipe
 from rich.console import Console
 from typer.testing import CliRunner
 
+import fptq_onnx
 from fptq_onnx.benchmark.benchmark import benchmark
 from fptq_onnx.benchmark.memory import peak_bytes, reset_peak, resident_bytes
 from fptq_onnx.benchmark.results import BenchmarkReport, Case, CaseResult, Kind, ModelResult, Settings, Spread
@@ -97,6 +98,21 @@ def test_quantized_decoder_against_float_and_function_bodies(tmp_path: Path) -> 
     assert not bodies.models[0].library and case.prefill_ratio is None
     assert bodies.models[0].prefill_profile is not None
     assert "W4A8MatMul" not in {op.op for op in bodies.models[0].prefill_profile.ops}
+
+
+def test_products_that_quantize_their_activation(tmp_path: Path) -> None:
+    """Layers of the fused op have labels, kernels and rows like those of the separate one."""
+    path = tmp_path / "fused.fptq.onnx"
+    tiny = families.model("gpt2", families.DYNAMO_KV).path
+    fptq_onnx.convert(tiny, path, recipe=recipe(activations__scheme="per-token"), fuse=True, verify_tokens=0)
+    (model,) = benchmark(path, settings=QUICK).models
+    kernel = describe_library()
+    for profile, rows in ((model.prefill_profile, 6), (model.decode_profile, 1)):
+        assert profile is not None
+        fused = [layer for layer in profile.layers if layer.op == "DynamicQuantizeW4A8MatMul"]
+        assert len({layer.label for layer in fused}) == len(fused) == 4 * families.BLOCKS
+        expected = kernel.cpu_few_rows if rows < kernel.cpu_few_rows_below else kernel.cpu_kernel
+        assert {(layer.kernel, layer.rows) for layer in fused} == {(expected, rows)}
 
 
 def test_models_of_genai_in_float16_and_matmulnbits() -> None:

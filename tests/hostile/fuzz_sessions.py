@@ -36,6 +36,7 @@ T = "T"  # float32, float16 or bfloat16
 _MATMUL = [("A", TensorProto.UINT8), ("a_scale", TensorProto.FLOAT), ("a_zero_point", TensorProto.UINT8)]
 OPS: dict[str, tuple[list[tuple[str, Any]], int]] = {
     "W4A8MatMul": ([*_MATMUL, ("B", TensorProto.INT4), ("b_scale", T)], 1),
+    "DynamicQuantizeW4A8MatMul": ([("X", T), ("B", TensorProto.INT4), ("b_scale", T)], 1),
     "W8A8MatMul": ([*_MATMUL, ("B", TensorProto.INT8), ("b_scale", T)], 1),
     "DynamicQuantizePerToken": ([("X", T)], 2),
     "RMSNormQuantize": ([("X", T), ("weight", T), ("s", TensorProto.FLOAT), ("z", TensorProto.UINT8)], 1),
@@ -79,13 +80,13 @@ def model(rng: random.Random) -> tuple[bytes, dict[str, list[int]], dict[str, in
     shapes: dict[str, list[int]] = {
         "a_scale": rng.choice(([], [1], [*rows, 1])),
         "B": [k, n],
-        "b_scale": [-(-k // block), n] if op == "W4A8MatMul" else [n],
+        "b_scale": [-(-k // block), n] if op.endswith("W4A8MatMul") else [n],
         "weight": [k],
         **_ATTENTION,
         **dict.fromkeys(("a_zero_point", "s", "z"), rng.choice(([], [1]))),
     }
     attributes: dict[str, Any] = {"block_size": block, "scale_max_multiple": rng.choice((0, 1, 15))}
-    attributes = attributes if op == "W4A8MatMul" else {"epsilon": 1e-5} if "Norm" in op else {}
+    attributes = attributes if op.endswith("W4A8MatMul") else {"epsilon": 1e-5} if "Norm" in op else {}
     attributes = dict(_ATTENTION_ATTRIBUTES) if "Attention" in op else attributes
     constant = {"B", "b_scale", "weight"} | ({"a_zero_point"} if rng.random() < 0.7 else set())
     types = {name: kind if dtype == T else dtype for name, dtype in operands}

@@ -135,16 +135,46 @@ def int8_matmul_model(
     return model_of(_readable(_named(node, "Y")), [a, a_scale], initializers)
 
 
+def dynamic_matmul_model(
+    b: np.ndarray,
+    b_scale: np.ndarray,
+    block_size: int,
+    dtype: str,
+    *,
+    scale_max_multiple: int = 0,
+    shape: Sequence[int | str | None] | None = None,
+    fused: bool = True,
+) -> ir.Model:
+    """DynamicQuantizeW4A8MatMul, or the two ops it stands for; X is float32 for bfloat16, as in `quantize_model`."""
+    x, source, nodes = _float_input(dtype, shape)
+    initializers = [constant("B", b.astype(ml_dtypes.int4), ir.DataType.INT4), constant("b_scale", b_scale)]
+    attributes = {"block_size": block_size, "scale_max_multiple": scale_max_multiple}
+    if fused:
+        node = ops.dynamic_quantize_w4a8_matmul.dynamic_quantize_w4a8_matmul(
+            source, *initializers, **attributes, name="the_node"
+        )
+    else:
+        quantize = ops.dynamic_quantize_per_token.dynamic_quantize_per_token(source, name="quantize")
+        nodes.append(_named(quantize, "A", "a_scale"))
+        initializers.insert(0, constant("a_zero_point", np.array(128, np.uint8)))
+        node = ops.w4a8_matmul.w4a8_matmul(*quantize.outputs, *initializers, **attributes, name="the_node")
+    return model_of([*nodes, *_readable(_named(node, "Y"))], [x], initializers)
+
+
+def _float_input(dtype: str, shape: Sequence[int | str | None] | None) -> tuple[ir.Value, ir.Value, list[ir.Node]]:
+    """The graph input X, the value of the type asked for, and the nodes between them."""
+    x = value("X", ir.DataType.FLOAT if dtype == "bfloat16" else DTYPES[dtype], shape)
+    if dtype != "bfloat16":
+        return x, x, []
+    cast = _named(ir.node("Cast", [x], attributes={"to": ir.DataType.BFLOAT16.value}), "x_bfloat16")
+    cast.outputs[0].type = ir.TensorType(ir.DataType.BFLOAT16)
+    cast.outputs[0].shape = x.shape
+    return x, cast.outputs[0], [cast]
+
+
 def quantize_model(dtype: str, shape: Sequence[int | str | None] | None = None) -> ir.Model:
     """DynamicQuantizePerToken; the input is float32 for bfloat16, which numpy does not have."""
-    x = value("X", ir.DataType.FLOAT if dtype == "bfloat16" else DTYPES[dtype], shape)
-    nodes = []
-    source = x
-    if dtype == "bfloat16":
-        cast = _named(ir.node("Cast", [x], attributes={"to": ir.DataType.BFLOAT16.value}), "x_bfloat16")
-        cast.outputs[0].type = ir.TensorType(ir.DataType.BFLOAT16)
-        nodes.append(cast)
-        source = cast.outputs[0]
+    x, source, nodes = _float_input(dtype, shape)
     nodes.append(_named(ops.dynamic_quantize_per_token.dynamic_quantize_per_token(source, name="q"), "Y", "scale"))
     return model_of(nodes, [x], [])
 

@@ -17,6 +17,7 @@ from fptq_onnx.graph.roles import Role
 from fptq_onnx.passes.add_functions import AddFunctionsPass
 from fptq_onnx.passes.editing import add_constant, replace_node
 from fptq_onnx.passes.fuse_attention import FuseAttentionPass
+from fptq_onnx.passes.fuse_dynamic_matmul import FuseDynamicMatMulPass
 from fptq_onnx.passes.fuse_quantize import FuseQuantizePass
 from fptq_onnx.passes.replace_linears import LayerQuantization, PerTokenQuantizer, StaticQuantizer
 from fptq_onnx.passes.to_w4a8 import ToW4A8Pass
@@ -80,6 +81,7 @@ def _w4a8(
             _int8_head(model.graph, layer)
     if fused:
         FuseQuantizePass()(model)
+        FuseDynamicMatMulPass()(model)
         if attention:
             FuseAttentionPass()(model)
     AddFunctionsPass()(model)

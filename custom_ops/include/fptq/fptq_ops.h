@@ -24,7 +24,7 @@ FPTQ_EXPORT OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* options
 /// The same for programs that link this library, by a name that no other op library has; see fptq/register.h for C++.
 FPTQ_EXPORT OrtStatus* ORT_API_CALL FptqRegisterOps(OrtSessionOptions* options, const OrtApiBase* api_base);
 
-/// A product that W4A8MatMul computes, for FptqDescribeProduct.
+/// A product of W4A8MatMul or DynamicQuantizeW4A8MatMul, for FptqDescribeProduct.
 typedef struct FptqProduct {
   int32_t cuda_device;     ///< index of the GPU, -1 for the CPU kernels
   int32_t integer_scales;  ///< 1 where b_scale is integer-structured (scale_max_multiple) and the kernel verified it

@@ -30,9 +30,10 @@ void CheckZeroPoint(const NodeLocation& location, const std::vector<int64_t>& sh
 
 }  // namespace
 
-MatMulOperands MatMulOperands::Read(const NodeLocation& at, Ort::ConstKernelInfo info) {
+MatMulOperands MatMulOperands::ReadWeights(const NodeLocation& at, Ort::ConstKernelInfo info,
+                                           const MatMulPositions& positions) {
   MatMulOperands operands;
-  const Ort::ConstValue b = ConstantInput(at, info, kInputB, "B");
+  const Ort::ConstValue b = ConstantInput(at, info, positions.b, "B");
   operands.b_shape = b.GetTensorTypeAndShapeInfo().GetShape();
   const std::vector<int64_t>& b_shape = operands.b_shape;
   if (b_shape.size() != 2) at.Fail(Concat("B has shape ", ShapeText(b_shape)), "B must be [K, N]");
@@ -41,14 +42,21 @@ MatMulOperands MatMulOperands::Read(const NodeLocation& at, Ort::ConstKernelInfo
   if (operands.k < 1 || operands.n < 1) {
     at.Fail(Concat("B has shape ", ShapeText(b_shape)), "K and N must be at least 1");
   }
-  const Ort::ConstValue b_scale = ConstantInput(at, info, kInputBScale, "b_scale");
+  const Ort::ConstValue b_scale = ConstantInput(at, info, positions.b_scale, "b_scale");
   operands.b_scale_shape = b_scale.GetTensorTypeAndShapeInfo().GetShape();
 
-  const std::vector<int64_t> a_shape = DeclaredShape(info, kInputA);
+  const std::vector<int64_t> a_shape = DeclaredShape(info, 0);
   if (!a_shape.empty() && a_shape.back() >= 0 && a_shape.back() != operands.k) {
-    at.Fail(Concat("A has shape ", ShapeText(a_shape), " but B is ", ShapeText(b_shape)),
-            "A's last dimension must equal B's first");
+    at.Fail(Concat(positions.a, " has shape ", ShapeText(a_shape), " but B is ", ShapeText(b_shape)),
+            Concat(positions.a, "'s last dimension must equal B's first"));
   }
+  operands.b = b.GetTensorRawData();
+  operands.b_scale = b_scale.GetTensorRawData();
+  return operands;
+}
+
+MatMulOperands MatMulOperands::Read(const NodeLocation& at, Ort::ConstKernelInfo info) {
+  MatMulOperands operands = ReadWeights(at, info, kMatMulPositions);
   CheckZeroPoint(at, DeclaredShape(info, kInputAZeroPoint));
   int zero_point_is_constant = 0;
   const Ort::ConstValue zero_point = info.GetTensorConstantInput(kInputAZeroPoint, &zero_point_is_constant);
@@ -57,22 +65,26 @@ MatMulOperands MatMulOperands::Read(const NodeLocation& at, Ort::ConstKernelInfo
     const bool on_host = zero_point.GetTensorMemoryInfo().GetDeviceType() == OrtMemoryInfoDeviceType_CPU;
     if (on_host) operands.constant_zero_point = *zero_point.GetTensorData<uint8_t>();
   }
-  operands.b = b.GetTensorRawData();
-  operands.b_scale = b_scale.GetTensorRawData();
   return operands;
 }
 
-MatMulShapes MatMulShapes::Check(const NodeLocation& location, int64_t k, int64_t n, const std::vector<int64_t>& a,
-                                 const std::vector<int64_t>& a_scale, const std::vector<int64_t>& a_zero_point) {
+MatMulShapes MatMulShapes::CheckActivations(const NodeLocation& location, const char* name, int64_t k, int64_t n,
+                                            const std::vector<int64_t>& a) {
   if (a.empty() || a.back() != k) {
-    location.Fail(Concat("A has shape ", ShapeText(a), " but K is ", k),
-                  "A's last dimension must be K, the first dimension of B");
+    location.Fail(Concat(name, " has shape ", ShapeText(a), " but K is ", k),
+                  Concat(name, "'s last dimension must be K, the first dimension of B"));
   }
-  CheckZeroPoint(location, a_zero_point);
   MatMulShapes call;
   call.shape = a;
   call.shape.back() = n;
   call.rows = std::accumulate(a.begin(), a.end() - 1, int64_t{1}, [](int64_t x, int64_t y) { return x * y; });
+  return call;
+}
+
+MatMulShapes MatMulShapes::Check(const NodeLocation& location, int64_t k, int64_t n, const std::vector<int64_t>& a,
+                                 const std::vector<int64_t>& a_scale, const std::vector<int64_t>& a_zero_point) {
+  MatMulShapes call = CheckActivations(location, kMatMulPositions.a, k, n, a);
+  CheckZeroPoint(location, a_zero_point);
   call.per_token = !IsScalar(a_scale);
   if (call.per_token) {
     std::vector<int64_t> expected = a;
@@ -85,13 +97,13 @@ MatMulShapes MatMulShapes::Check(const NodeLocation& location, int64_t k, int64_
   return call;
 }
 
-void InferMatMulShapes(InferenceContext& context) {
-  SymbolicShape shape = context.InputShape(kInputA);
-  const SymbolicShape b = context.InputShape(kInputB);
+void InferMatMulShapes(InferenceContext& context, const MatMulPositions& positions) {
+  SymbolicShape shape = context.InputShape(0);
+  const SymbolicShape b = context.InputShape(positions.b);
   if (shape.empty() || b.size() != 2) return;  // unknown rank
   shape.back() = b[1];
   // The runtime asks the op of one T for all of them, so T is what the node has.
-  context.SetOutputShape(0, shape, context.InputType(kInputBScale));
+  context.SetOutputShape(0, shape, context.InputType(positions.b_scale));
 }
 
 }  // namespace fptq

@@ -1,4 +1,4 @@
-// What W4A8MatMul and W8A8MatMul have in common: inputs, their types, and the checks of their shapes.
+// What the products of activations and integer weights have in common: inputs, their types, the checks of their shapes.
 #ifndef FPTQ_COMMON_MATMUL_INPUTS_H_
 #define FPTQ_COMMON_MATMUL_INPUTS_H_
 
@@ -12,8 +12,16 @@
 
 namespace fptq {
 
-/// Positions of the inputs.
+/// Constant inputs of a product, and what the other one is called.
+struct MatMulPositions {
+  const char* a;  ///< name of input 0, the activations
+  size_t b;
+  size_t b_scale;
+};
+
+/// Positions of the inputs of W4A8MatMul and W8A8MatMul.
 enum MatMulInput : size_t { kInputA = 0, kInputAScale, kInputAZeroPoint, kInputB, kInputBScale, kMatMulInputCount };
+inline constexpr MatMulPositions kMatMulPositions = {"A", kInputB, kInputBScale};
 
 /// What is known when the kernel is created.
 struct MatMulOperands {
@@ -27,7 +35,11 @@ struct MatMulOperands {
   const void* b = nullptr;
   const void* b_scale = nullptr;
 
-  /// Reads and checks the inputs of a node; throws Ort::Exception naming it.
+  /// Reads and checks the weights of a node, and its activations' K; throws Ort::Exception naming it.
+  static MatMulOperands ReadWeights(const NodeLocation& location, Ort::ConstKernelInfo info,
+                                    const MatMulPositions& positions);
+
+  /// Reads and checks all inputs of a W4A8MatMul or W8A8MatMul.
   static MatMulOperands Read(const NodeLocation& location, Ort::ConstKernelInfo info);
 };
 
@@ -36,6 +48,10 @@ struct MatMulShapes {
   int64_t rows = 0;            ///< product of A's leading dimensions
   bool per_token = false;      ///< one a_scale per row
   std::vector<int64_t> shape;  ///< of Y
+
+  /// Checks the activations' shape; throws Ort::Exception naming the node.
+  static MatMulShapes CheckActivations(const NodeLocation& location, const char* name, int64_t k, int64_t n,
+                                       const std::vector<int64_t>& a);
 
   /// Checks the shapes that only a call knows; throws Ort::Exception naming the node.
   static MatMulShapes Check(const NodeLocation& location, int64_t k, int64_t n, const std::vector<int64_t>& a,
@@ -49,10 +65,11 @@ struct MatMulShapes {
   }
 };
 
-/// Y is A's shape with N in place of K, in the type of b_scale.
-void InferMatMulShapes(InferenceContext& context);
+/// Y is the activations' shape with N in place of K, in the type of b_scale.
+void InferMatMulShapes(InferenceContext& context, const MatMulPositions& positions);
 
-/// Base of both ops (see OpBase): types of inputs and output for weights of type kWeight, scales and results of kType.
+/// Base of W4A8MatMul and W8A8MatMul (see OpBase): types of inputs and output for weights of type kWeight, scales and
+/// results of kType.
 template <class Op, class Kernel, ONNXTensorElementDataType kWeight, ONNXTensorElementDataType kType>
 struct MatMulOp : OpBase<Op, Kernel> {
   size_t GetInputTypeCount() const { return kMatMulInputCount; }
@@ -70,7 +87,7 @@ struct MatMulOp : OpBase<Op, Kernel> {
   }
   size_t GetOutputTypeCount() const { return 1; }
   ONNXTensorElementDataType GetOutputType(size_t) const { return kType; }
-  static void InferShapes(InferenceContext& context) { InferMatMulShapes(context); }
+  static void InferShapes(InferenceContext& context) { InferMatMulShapes(context, kMatMulPositions); }
 };
 
 }  // namespace fptq

@@ -7,6 +7,7 @@ namespace fptq {
 inline constexpr char kDomain[] = "fptq";
 inline constexpr char kW4A8MatMul[] = "W4A8MatMul";
 inline constexpr char kW8A8MatMul[] = "W8A8MatMul";
+inline constexpr char kDynamicQuantizeW4A8MatMul[] = "DynamicQuantizeW4A8MatMul";
 inline constexpr char kDynamicQuantizePerToken[] = "DynamicQuantizePerToken";
 
 }  // namespace fptq

@@ -35,16 +35,19 @@ int64_t OptionalInt(const NodeLocation& location, Ort::ConstKernelInfo info, con
 }  // namespace
 
 W4A8MatMulNode W4A8MatMulNode::Read(Ort::ConstKernelInfo info) {
+  const NodeLocation location = NodeLocation::Of(kW4A8MatMul, info);
+  return Of(location, MatMulOperands::Read(location, info), info);
+}
+
+W4A8MatMulNode W4A8MatMulNode::Of(const NodeLocation& at, const MatMulOperands& operands, Ort::ConstKernelInfo info) {
   W4A8MatMulNode node;
-  node.location = NodeLocation::Of(kW4A8MatMul, info);
-  const NodeLocation& at = node.location;
+  node.location = at;
   node.block_size = RequiredInt(at, info, "block_size");
   node.scale_max_multiple = OptionalInt(at, info, "scale_max_multiple", 0);
   if (node.scale_max_multiple < 0 || node.scale_max_multiple > kLargestMultiple) {
     at.Fail(Concat("scale_max_multiple is ", node.scale_max_multiple), "Use 0 (none) or 1..15");
   }
 
-  const MatMulOperands operands = MatMulOperands::Read(at, info);
   node.k = operands.k;
   node.n = operands.n;
   node.constant_zero_point = operands.constant_zero_point;

@@ -45,6 +45,9 @@ struct W4A8MatMulNode {
 
   /// Reads and checks a node; throws Ort::Exception naming it.
   static W4A8MatMulNode Read(Ort::ConstKernelInfo info);
+
+  /// The same for any op with these weights and attributes, whose operands are read already.
+  static W4A8MatMulNode Of(const NodeLocation& location, const MatMulOperands& operands, Ort::ConstKernelInfo info);
 };
 
 /// The op for one T and one kernel (see OpBase for what the kernel provides).

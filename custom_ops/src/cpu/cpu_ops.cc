@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "common/dynamic_quantize_per_token_schema.h"
+#include "common/dynamic_quantize_w4a8_matmul_schema.h"
 #include "common/w4a8_matmul_schema.h"
 #include "common/w8a8_matmul_schema.h"
 #include "cpu/attention_ops.h"
@@ -48,6 +49,22 @@ WeightSource SourceOf(const W8A8MatMulNode& node) {
   return source;
 }
 
+void WarnOfUnstructuredScales(const W4A8MatMulNode& node, const PackedGemm& gemm, Ort::ConstKernelInfo info) {
+  if (node.scale_max_multiple == 0 || gemm.weights().structured) return;
+  const std::string text = Concat(
+      "fptq.", node.location.op, " node '", node.location.name, "': scale_max_multiple is ", node.scale_max_multiple,
+      " but b_scale is not of that form (or K is too long). The kernel uses the scales as they are.");
+  info.GetLogger().LogMessage(ORT_LOGGING_LEVEL_WARNING, ORT_FILE, __LINE__, "WarnOfUnstructuredScales", text.c_str());
+}
+
+// Only the packed copy is read from here on.
+template <class Node>
+void ForgetUnpacked(Node* node, const PackedGemm& gemm) {
+  ReleasePages(node->b, static_cast<size_t>((node->k * node->n * gemm.weights().bits + 7) / 8));
+  node->b = nullptr;
+  node->b_scale = nullptr;
+}
+
 // W4A8MatMul and W8A8MatMul.
 template <class Node, ONNXTensorElementDataType kType>
 class MatMulKernel {
@@ -57,11 +74,8 @@ class MatMulKernel {
 
   explicit MatMulKernel(Ort::ConstKernelInfo info)
       : node_(Node::Read(info)), gemm_(SourceOf<kType>(node_), ChosenKernels()) {
-    if constexpr (std::is_same_v<Node, W4A8MatMulNode>) WarnOfUnstructuredScales(info);
-    // Only the packed copy is read from here on.
-    ReleasePages(node_.b, static_cast<size_t>((node_.k * node_.n * gemm_.weights().bits + 7) / 8));
-    node_.b = nullptr;
-    node_.b_scale = nullptr;
+    if constexpr (std::is_same_v<Node, W4A8MatMulNode>) WarnOfUnstructuredScales(node_, gemm_, info);
+    ForgetUnpacked(&node_, gemm_);
   }
 
   void Compute(Ort::KernelContext context) {
@@ -86,15 +100,39 @@ class MatMulKernel {
   }
 
  private:
-  void WarnOfUnstructuredScales(Ort::ConstKernelInfo info) const {
-    if (node_.scale_max_multiple == 0 || gemm_.weights().structured) return;
-    const std::string text =
-        Concat("fptq.W4A8MatMul node '", node_.location.name, "': scale_max_multiple is ", node_.scale_max_multiple,
-               " but b_scale is not of that form (or K is too long). The kernel uses the scales as they are.");
-    info.GetLogger().LogMessage(ORT_LOGGING_LEVEL_WARNING, ORT_FILE, __LINE__, "W4A8MatMul", text.c_str());
+  Node node_;
+  PackedGemm gemm_;
+  Ort::MemoryInfo memory_ = Ort::MemoryInfo::CreateCpu(OrtDeviceAllocator, OrtMemTypeDefault);
+};
+
+template <ONNXTensorElementDataType kType>
+class DynamicQuantizeW4A8MatMulKernel {
+ public:
+  static constexpr const char* kProvider = cpu::kProvider;
+  static OrtMemType InputMemoryType(size_t) { return OrtMemTypeDefault; }
+
+  explicit DynamicQuantizeW4A8MatMulKernel(Ort::ConstKernelInfo info)
+      : node_(ReadDynamicQuantizeW4A8MatMul(info)), gemm_(SourceOf<kType>(node_), ChosenKernels()) {
+    WarnOfUnstructuredScales(node_, gemm_, info);
+    ForgetUnpacked(&node_, gemm_);
   }
 
-  Node node_;
+  void Compute(Ort::KernelContext context) {
+    const Ort::ConstValue x = context.GetInput(kDynamicInputX);
+    const MatMulShapes shapes = CheckDynamicMatMulShapes(node_, x.GetTensorTypeAndShapeInfo().GetShape());
+    Ort::UnownedValue y = context.GetOutput(0, shapes.shape);
+    if (shapes.rows == 0) return;
+    const Scratch scratch(context, memory_, gemm_.ScratchBytes(shapes.rows, PackedGemm::Activations::kFloat));
+    PackedGemm::Call call;
+    call.x = x.GetTensorRawData();
+    call.rows = shapes.rows;
+    call.y = y.GetTensorMutableRawData();
+    call.scratch = scratch.data();
+    gemm_.Run(call, PoolOf(context));
+  }
+
+ private:
+  W4A8MatMulNode node_;
   PackedGemm gemm_;
   Ort::MemoryInfo memory_ = Ort::MemoryInfo::CreateCpu(OrtDeviceAllocator, OrtMemTypeDefault);
 };
@@ -136,6 +174,7 @@ template <ONNXTensorElementDataType kType>
 void AddOps(OpRegistry& registry) {
   registry.Add<W4A8MatMulOp<MatMulKernel<W4A8MatMulNode, kType>, kType>>();
   registry.Add<W8A8MatMulOp<MatMulKernel<W8A8MatMulNode, kType>, kType>>();
+  registry.Add<DynamicQuantizeW4A8MatMulOp<DynamicQuantizeW4A8MatMulKernel<kType>, kType>>();
   AddFusedOps<kType>(registry);
   registry.Add<DynamicQuantizePerTokenOp<DynamicQuantizePerTokenKernel<kType>, kType>>();
 }

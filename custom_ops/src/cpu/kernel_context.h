@@ -2,7 +2,6 @@
 #ifndef FPTQ_CPU_KERNEL_CONTEXT_H_
 #define FPTQ_CPU_KERNEL_CONTEXT_H_
 
-#include <algorithm>
 #include <cstdint>
 
 #include "common/node_location.h"
@@ -43,9 +42,6 @@ class Scratch {
   Ort::Allocator allocator_;
   void* data_;
 };
-
-/// Rows of k values that are worth a dispatch, for work that passes over them once or twice.
-inline int64_t RowsPerTask(int64_t k) { return std::max<int64_t>(1, (int64_t{1} << 15) / k); }
 
 }  // namespace fptq::cpu
 

@@ -2,6 +2,7 @@
 #ifndef FPTQ_CPU_PARALLEL_H_
 #define FPTQ_CPU_PARALLEL_H_
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -25,6 +26,9 @@ struct Parallel {
         static_cast<size_t>(tasks), &body);
   }
 };
+
+/// Rows of k values that are worth a dispatch, for work that passes over them once or twice.
+inline int64_t RowsPerTask(int64_t k) { return std::max<int64_t>(1, (int64_t{1} << 15) / k); }
 
 }  // namespace fptq::cpu
 

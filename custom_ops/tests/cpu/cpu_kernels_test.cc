@@ -159,6 +159,30 @@ std::vector<uint8_t> RunGemm(const Problem& p, const Kernels& kernels, const Par
   return y;
 }
 
+// Float activations give the bytes of their quantization by the same kernels, on any number of threads.
+void CheckFloatActivations(Random& random, Problem p, const Kernels& kernels) {
+  std::vector<uint8_t> x(static_cast<size_t>(p.m * p.k) * p.element_bytes());
+  for (int64_t i = 0; i < p.m * p.k; ++i) {
+    StoreElement(x.data(), p.type, i, static_cast<float>(Uniform(random, -2000, 2000)) / 256.0f);
+  }
+  p.zero_point = kActivationOffset;
+  p.per_token = true;
+  p.a_scale.assign(static_cast<size_t>(p.m), 0.0f);
+  kernels.quantize(x.data(), p.type, p.m, p.k, p.a.data(), p.a_scale.data());
+  const PackedGemm gemm(SourceOf(p), kernels);
+  for (const Parallel& parallel : {Parallel{}, ThreadPool()}) {
+    std::vector<uint8_t> y(static_cast<size_t>(p.m * p.n) * p.element_bytes(), 0xaa);
+    std::vector<char> scratch(gemm.ScratchBytes(p.m, PackedGemm::Activations::kFloat));
+    PackedGemm::Call call;
+    call.x = x.data();
+    call.rows = p.m;
+    call.y = y.data();
+    call.scratch = scratch.data();
+    gemm.Run(call, parallel);
+    CHECK(y == RunGemm(p, kernels, {}), "%s: %s", kernels.name, p.text().c_str());
+  }
+}
+
 // Largest relative error of rounding to `type`, and half of its smallest subnormal.
 double Rounding(ElementType type) {
   return type == ElementType::kFloat32 ? 0x1p-24 : type == ElementType::kFloat16 ? 0x1p-11 : 0x1p-8;
@@ -231,12 +255,15 @@ void TestGemm(Random& random, const Kernels& kernels, int problems) {
     const Problem p = RandomProblem(random, 4, m, k, n, block, type, zero_point, max_multiple);
     CheckGemm(p, kernels);
     CheckExactIntegers(random, p, kernels);
+    CheckFloatActivations(random, p, kernels);
     const Problem bytes = RandomProblem(random, 8, m, k, n, k, type, zero_point, 0);
     CheckGemm(bytes, kernels);
     CheckExactIntegers(random, bytes, kernels);
   }
   // More rows than one panel, and than one task.
   CheckGemm(RandomProblem(random, 4, 530, 72, 40, 32, ElementType::kFloat32, 128, 0), kernels);
+  CheckFloatActivations(random, RandomProblem(random, 4, 530, 72, 40, 32, ElementType::kFloat16, 128, 0), kernels);
+  CheckFloatActivations(random, RandomProblem(random, 4, 9, 9000, 40, 128, ElementType::kFloat32, 128, 15), kernels);
   CheckGemm(RandomProblem(random, 4, 530, 72, 40, 32, ElementType::kFloat32, 3, 15), kernels);
   CheckGemm(RandomProblem(random, 4, 300, 40, 250, 8, ElementType::kFloat32, 128, 15), kernels);
   CheckGemm(RandomProblem(random, 8, 530, 1100, 40, 1100, ElementType::kFloat32, 3, 0), kernels);

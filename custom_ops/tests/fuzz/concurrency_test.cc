@@ -30,7 +30,9 @@ struct Job {
 
   explicit Job(const OrtCustomOp* custom_op) : op(custom_op) {
     const std::string type = op->GetName(op);
-    const bool four_bits = type == "W4A8MatMul", matmul = four_bits || type == "W8A8MatMul";
+    const bool quantizes = type == "DynamicQuantizeW4A8MatMul";
+    const bool four_bits = quantizes || type == "W4A8MatMul", matmul = four_bits || type == "W8A8MatMul";
+    const size_t weight = quantizes ? 1 : 3;  // position of a product's B
     const size_t count = op->GetInputTypeCount(op);
     if (type.find("Attention") != std::string::npos) {
       AddAttention(type.find("Packed") == 0, type.find("Rotary") != std::string::npos);
@@ -47,7 +49,7 @@ struct Job {
             {},
             {kK, kN},
             four_bits ? std::vector<int64_t>{kK / kBlock, kN} : std::vector<int64_t>{kN}};
-        shape = shapes[i];
+        shape = shapes[quantizes && i > 0 ? i + 2 : i];
       } else if (i >= floats) {
         shape = {};
       } else if (norm && i + 1 == floats) {
@@ -55,7 +57,7 @@ struct Job {
       }
       inputs.emplace_back(op->GetInputType(op, i), shape);
       OrtValue& value = inputs.back();
-      const bool integers = value.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 || (matmul && i == 3);
+      const bool integers = value.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 || (matmul && i == weight);
       const size_t width = value.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT ? 4 : 2;
       for (size_t j = 0; j < value.bytes(); ++j) {
         // Floats get the high byte 0x3c: near 1 in every type.
@@ -69,7 +71,7 @@ struct Job {
     for (size_t i = 0; i < inputs.size(); ++i) {
       pointers.push_back(&inputs[i]);
       node.declared.push_back({inputs[i].type, inputs[i].shape, {}});
-      node.constants.push_back(matmul && i >= 2 ? &inputs[i] : nullptr);
+      node.constants.push_back(matmul && i >= (quantizes ? weight : 2) ? &inputs[i] : nullptr);
     }
   }
 

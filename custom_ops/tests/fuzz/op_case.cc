@@ -166,6 +166,7 @@ struct Problem {
   bool sound = true;
 
   bool IsMatMul() const { return type == "W4A8MatMul" || type == "W8A8MatMul"; }
+  bool IsFloatMatMul() const { return type == "DynamicQuantizeW4A8MatMul"; }
   bool IsAttention() const { return type.find("Attention") != std::string::npos; }
   bool Rotates() const { return type.find("Rotary") != std::string::npos; }
   /// Of an attention op, the position of past_key.
@@ -268,14 +269,19 @@ Problem SoundProblem(Bytes& bytes, std::mt19937& random) {
   x.push_back(k);
 
   std::vector<Shape> shapes;
-  if (problem.IsMatMul()) {
-    const bool per_token = bytes.OneIn(2);
-    shapes = {x, per_token ? WithLast(x, 1) : Shape(bytes.Next() % 2, 1), Shape(bytes.Next() % 2, 1), {k, n}, {n}};
-    problem.constant = {bytes.OneIn(20), bytes.OneIn(4), !bytes.OneIn(3), true, true};
-    if (problem.type == "W4A8MatMul") {
+  if (problem.IsMatMul() || problem.IsFloatMatMul()) {
+    if (problem.IsFloatMatMul()) {
+      shapes = {x, {k, n}, {n}};
+      problem.constant = {bytes.OneIn(20), true, true};
+    } else {
+      const bool per_token = bytes.OneIn(2);
+      shapes = {x, per_token ? WithLast(x, 1) : Shape(bytes.Next() % 2, 1), Shape(bytes.Next() % 2, 1), {k, n}, {n}};
+      problem.constant = {bytes.OneIn(20), bytes.OneIn(4), !bytes.OneIn(3), true, true};
+    }
+    if (problem.type != "W8A8MatMul") {
       static const std::vector<int64_t> blocks = {1, 7, 8, 16, 32, 64, 128};
       const int64_t block = std::min(k, bytes.OneIn(4) ? k : bytes.Of(blocks));
-      shapes[4] = {(k + block - 1) / block, n};
+      shapes.back() = {(k + block - 1) / block, n};
       problem.node.attributes.emplace_back("block_size", block);
       if (bytes.OneIn(2)) problem.node.attributes.emplace_back("scale_max_multiple", bytes.Uniform(0, 15));
     }
@@ -301,8 +307,8 @@ Problem SoundProblem(Bytes& bytes, std::mt19937& random) {
     Fill(&problem.inputs[i], random, values);
     problem.node.declared.push_back({problem.inputs[i].type, shapes[i], {}});
   }
-  const int64_t max_multiple = problem.type == "W4A8MatMul" ? IntAttribute(problem, "scale_max_multiple", 0) : 0;
-  if (max_multiple > 0 && !bytes.OneIn(4)) FillStructured(&problem.inputs[4], random, max_multiple);
+  const int64_t max_multiple = IntAttribute(problem, "scale_max_multiple", 0);  // of int4 weights
+  if (max_multiple > 0 && !bytes.OneIn(4)) FillStructured(&problem.inputs.back(), random, max_multiple);
   return problem;
 }
 
@@ -462,10 +468,7 @@ bool CheckAttention(const Problem& problem, const std::vector<const OrtValue*>& 
   return true;
 }
 
-// The other ops give the same bytes on every instruction set.
-void CheckAgainstPortable(const Problem& problem, const std::vector<const OrtValue*>& inputs,
-                          const std::vector<OrtValue>& outputs) {
-  const std::vector<OrtValue> expected = PortableOutputs(problem, inputs);
+void CheckSame(const Problem& problem, const std::vector<OrtValue>& outputs, const std::vector<OrtValue>& expected) {
   for (size_t i = 0; i < outputs.size(); ++i) {
     if (outputs[i].shape != expected[i].shape) Wrong("another shape: " + problem.Text());
     for (int64_t j = 0; j < Product(outputs[i].shape); ++j) {
@@ -478,6 +481,44 @@ void CheckAgainstPortable(const Problem& problem, const std::vector<const OrtVal
       Wrong("output " + std::to_string(i) + ", element " + std::to_string(j) + " differs: " + problem.Text());
     }
   }
+}
+
+// The other ops give the same bytes on every instruction set.
+void CheckAgainstPortable(const Problem& problem, const std::vector<const OrtValue*>& inputs,
+                          const std::vector<OrtValue>& outputs) {
+  CheckSame(problem, outputs, PortableOutputs(problem, inputs));
+}
+
+// Runs the op of a name and a float type.
+std::vector<OrtValue> RunOther(const std::string& type, ONNXTensorElementDataType float_type, const Problem& problem,
+                               const std::vector<const OrtValue*>& inputs) {
+  for (const OrtCustomOp* op : RegisteredOps()) {
+    const bool product = op->GetInputTypeCount(op) > 1;
+    if (op->GetName(op) != type) continue;
+    if ((product ? op->GetOutputType(op, 0) : op->GetInputType(op, 0)) != float_type) continue;
+    Node node;
+    node.attributes = problem.node.attributes;
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      node.declared.push_back({inputs[i]->type, inputs[i]->shape, {}});
+      node.constants.push_back(product && i >= 2 ? inputs[i] : nullptr);
+    }
+    const Kernel kernel(*op, node);
+    std::vector<OrtValue> outputs;
+    if (!kernel.created().ok || !kernel.Run(inputs, &outputs).ok) Wrong(type + " refuses: " + problem.Text());
+    return outputs;
+  }
+  Wrong("there is no " + type);
+}
+
+// The product of float activations gives the bytes of the two ops it stands for, on the same instruction set.
+void CheckAgainstTwoOps(const Problem& problem, const std::vector<const OrtValue*>& inputs,
+                        const std::vector<OrtValue>& outputs) {
+  const ONNXTensorElementDataType type = outputs[0].type;
+  const std::vector<OrtValue> quantized = RunOther("DynamicQuantizePerToken", type, problem, {inputs[0]});
+  OrtValue zero_point(ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8, {});
+  *zero_point.data() = 128;
+  CheckSame(problem, outputs,
+            RunOther("W4A8MatMul", type, problem, {&quantized[0], &quantized[1], &zero_point, inputs[1], inputs[2]}));
 }
 
 void CheckInference(const Problem& problem, const std::vector<OrtTensorTypeAndShapeInfo>& inferred,
@@ -533,6 +574,10 @@ Outcome RunCase(const uint8_t* data, size_t size) {
   }
   CheckInference(problem, inferred, outputs);
   if (problem.IsAttention()) return CheckAttention(problem, inputs, outputs) ? Outcome::kRight : Outcome::kRan;
+  if (problem.IsFloatMatMul()) {
+    CheckAgainstTwoOps(problem, inputs, outputs);
+    return Outcome::kRight;
+  }
   if (!problem.IsMatMul()) {
     CheckAgainstPortable(problem, inputs, outputs);
     return Outcome::kRight;

@@ -60,6 +60,26 @@ def test_other_runtimes_agree(version: str, multiple: int, tmp_path: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("version", ["1.23.2", "1.27.0", "1.32.0"])
+def test_products_of_float_activations_on_other_runtimes(version: str, tmp_path: Path) -> None:
+    """Kernel and function body in integers: the same bytes everywhere, rows of NaN included."""
+    rng = np.random.default_rng(4)
+    b, scale = rng.integers(-8, 8, (300, 33), dtype=np.int8), np.float32(2.0**-7) * rng.integers(1, 16, (3, 33))
+    model = op_models.dynamic_matmul_model(b, scale.astype(np.float32), 128, "float32", scale_max_multiple=15)
+    x = rng.standard_normal((2, 5, 300)).astype(np.float32)
+    x[0, 3, 7], x[1, 1] = np.nan, 0
+    op_models.ir.save(model, tmp_path / "model.onnx")
+    np.savez(tmp_path / "feeds.npz", X=x)
+    python = python_with(version)
+    subprocess.run([python, "-c", _ON_ANOTHER_RUNTIME, str(tmp_path), op_models.library_path()], check=True)
+    (expected,) = op_models.run(model, {"X": x})
+    outputs = np.load(tmp_path / "outputs.npz")
+    assert len(outputs.files) == 5 and np.isnan(expected[0, 3]).all()
+    for name in outputs.files:
+        np.testing.assert_array_equal(outputs[name], expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["1.23.2", "1.27.0", "1.32.0"])
 def test_attention_on_other_runtimes(version: str, tmp_path: Path) -> None:
     """The kernel gives the same bytes everywhere; the function body is the runtime's own operator."""
     rng = np.random.default_rng(3)

@@ -140,7 +140,10 @@ constexpr Path kPaths[] = {
     {"stream, cp.async", {1, 2, 0, 0, 0, 0, 0, 0}, 80},
     {"warpgroup 64x128", {2, 0, 64, 128, 0, 0, 0, 0}, 90},
     {"warpgroup 64x128, split 3", {2, 0, 64, 128, 3, 0, 0, 0}, 90},
+    {"warpgroup 64x192", {2, 0, 64, 192, 0, 0, 0, 0}, 90},
+    {"warpgroup 64x192, split 2", {2, 0, 64, 192, 2, 0, 0, 0}, 90},
     {"warpgroup 128x128", {2, 0, 128, 128, 0, 0, 0, 0}, 90},
+    {"warpgroup 128x128, split 3", {2, 0, 128, 128, 3, 0, 0, 0}, 90},
     {"warpgroup 128x192", {2, 0, 128, 192, 0, 0, 0, 0}, 90},
     {"warpgroup 128x256", {2, 0, 128, 256, 0, 0, 0, 0}, 90},
     {"reference", {3, 0, 0, 0, 0, 0, 0, 0}, 80},
@@ -203,10 +206,11 @@ class Driver {
       // These copy rows of A with 16-byte requests; other rows are the tile kernel's.
       const bool bulk = path.options.kernel == 2 || path.options.loader == 1;
       if (bulk && p.k % 16 != 0) continue;
-      // Tiles of 192 channels are for integer-structured scales, those of 256 not for groups of less than 128.
-      if (path.options.tile_n == 192 && p.max_multiple == 0) continue;
-      if (path.options.split_k == 3 && p.k <= 2 * 128) continue;  // a block of K for each
-      if (path.options.tile_n == 256 && p.max_multiple == 0 && p.block < 128) continue;
+      // Tiles of 128 tokens x 192 channels are for integer-structured scales, large ones not for groups of less than
+      // 128.
+      if (path.options.tile_m == 128 && path.options.tile_n == 192 && p.max_multiple == 0) continue;
+      if (path.options.kernel == 2 && p.k <= (path.options.split_k - 1) * 128) continue;  // a block of K for each
+      if (path.options.tile_n >= 192 && p.max_multiple == 0 && p.block < 128) continue;
       const size_t bytes = expected.size() * Typed::Size(p.dtype);
       const Buffer<uint8_t> y(std::vector<uint8_t>(bytes, 0xFF));  // NaN in every dtype
       if (Call(library_.matmul(weights, a_device.get(), a_scale_device.get(), p.per_token, zero_point.get(), p.m,

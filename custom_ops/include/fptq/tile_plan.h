@@ -69,22 +69,36 @@ struct Config {
   StreamForm form = StreamForm::kMany;
 };
 
-/// Places in the shared memory of a CTA: a ring of stages of 128 rows of K, each a tile of activations and one block
-/// (with its scales) of each of `strips` strips. Tiles come first: the copy engine's swizzle wants them aligned to 1
-/// KB. When the ring is empty, the sums of a split tile take its place.
-struct RingMemory {
-  int tile_bytes, block_stride;  ///< of one stage; of one strip and stage
-  int weights, barriers, total;  ///< offsets, and the whole
+/// The exchange of the sums of a tile that the CTAs of a cluster have split along K. A thread holds quads of sums (two
+/// rows, two channels), the same ones in every CTA; each rank adds up and writes a contiguous share of them, and has a
+/// place in its inbox for what each rank has to give.
+struct SplitExchange {
+  int quads, split;  ///< of a thread; CTAs
 
-  FPTQ_HD static constexpr RingMemory Of(int tokens, int strips, int stages, int block_stride) {
+  FPTQ_HD static constexpr SplitExchange Of(int tokens, int split) { return {tokens / 8, split}; }
+  /// Quads of every thread that a rank adds up, and the most of any rank.
+  FPTQ_HD constexpr Range Mine(int rank) const { return Share(quads, rank, split); }
+  FPTQ_HD constexpr int Most() const { return (quads + split - 1) / split; }
+  /// Place in the owner's inbox of its i-th quad from a rank, the same for every thread.
+  FPTQ_HD constexpr int Slot(int from_rank, int i) const { return from_rank * Most() + i; }
+  FPTQ_HD constexpr int InboxBytes(int threads) const { return split > 1 ? split * Most() * threads * 16 : 0; }
+};
+
+/// Places in the shared memory of a CTA: a ring of stages of 128 rows of K, each a tile of activations and one block
+/// (with its scales) of each of `strips` strips, and the inbox of a tile that is split over `split` CTAs. Tiles come
+/// first: the copy engine's swizzle wants them aligned to 1 KB.
+struct RingMemory {
+  int tile_bytes, block_stride;         ///< of one stage; of one strip and stage
+  int weights, inbox, barriers, total;  ///< offsets, and the whole
+
+  FPTQ_HD static constexpr RingMemory Of(int tokens, int strips, int stages, int block_stride, int split) {
     RingMemory memory{};
     memory.tile_bytes = tokens * packing::kBlockK;
     memory.block_stride = block_stride;
     memory.weights = stages * memory.tile_bytes;
-    memory.barriers = memory.weights + stages * strips * block_stride;
-    memory.total = memory.barriers + stages * 16;
-    const int sums = tokens * strips * packing::kStripN * 4;
-    if (memory.total < sums) memory.total = sums;
+    memory.inbox = memory.weights + stages * strips * block_stride;
+    memory.barriers = memory.inbox + SplitExchange::Of(tokens, split).InboxBytes(strips * packing::kGroupThreads);
+    memory.total = memory.barriers + (2 * stages + 1) * 8;
     return memory;
   }
 };
@@ -101,9 +115,10 @@ struct DeviceLimits {
 };
 
 /// Deepest ring of at most `blocks` stages.
-inline int DeepestRing(const DeviceLimits& device, int blocks, int tokens, int strips, int block_stride) {
+inline int DeepestRing(const DeviceLimits& device, int blocks, int tokens, int strips, int block_stride, int split) {
   int stages = 1;
-  while (stages < blocks && RingMemory::Of(tokens, strips, stages + 1, block_stride).total <= device.shared_per_cta)
+  while (stages < blocks &&
+         RingMemory::Of(tokens, strips, stages + 1, block_stride, split).total <= device.shared_per_cta)
     ++stages;
   return stages;
 }
@@ -284,9 +299,17 @@ inline Config ChooseWarpgroup(const DeviceLimits& device, const packing::Layout&
                               packing::Encoding encoding, Config config) {
   struct Shape {
     int tile_m, tile_n;
-    int64_t float_ns, integer_ns;  ///< time of 128 rows of K on an H100, measured; 0: the kernel has no such tile
+    int64_t float_ns, integer_ns;  ///< time of 128 rows of K; 0: the kernel has no such tile
+    int64_t end_ns;                ///< from the last sums to the next tile
   };
-  const Shape shapes[] = {{64, 128, 350, 385}, {128, 128, 620, 510}, {128, 192, 0, 690}, {128, 256, 1150, 970}};
+  // Measured on an H100, from one and several tiles per multiprocessor.
+  const Shape shapes[] = {{64, 128, 305, 340, 700},
+                          {64, 192, 440, 455, 800},
+                          {128, 128, 505, 400, 1200},
+                          {128, 192, 0, 555, 1300},
+                          {128, 256, 940, 780, 1500}};
+  constexpr int64_t kExchangeNs = 50;  // for a KB of sums that a CTA sends to the others of its cluster
+  constexpr int64_t kManyNs = 1200;    // in clusters of more than four
   const int blocks = static_cast<int>(layout.k_blocks);
   const bool is_float = encoding == packing::Encoding::kFloat;
   const Config wanted = config;
@@ -305,8 +328,9 @@ inline Config ChooseWarpgroup(const DeviceLimits& device, const packing::Layout&
       if (split > 1 && shape.tile_n == 256) continue;  // the kernel splits tiles of one strip per warpgroup only
       if (wanted.split_k == 0 && split > 1 && (tiles > device.clusters[split] || blocks / split < 4)) continue;
       const int64_t waves = split > 1 ? 1 : packing::CeilDiv(tiles, device.multiprocessors);
-      const int64_t reduction = split > 1 ? int64_t{3000} * shape.tile_m * shape.tile_n / (64 * 128) : 0;  // measured
-      const int64_t cost = waves * packing::CeilDiv(blocks, split) * block_ns + reduction;
+      const int64_t sent = int64_t{shape.tile_m} * shape.tile_n / 256 * (split - 1) / split;
+      const int64_t cost = waves * (packing::CeilDiv(blocks, split) * block_ns + shape.end_ns) + sent * kExchangeNs +
+                           (split > 4 ? kManyNs : 0);
       if (cost >= best) continue;
       best = cost;
       config = {shape.tile_m, shape.tile_n, split, wanted.stages, 0};
@@ -314,7 +338,7 @@ inline Config ChooseWarpgroup(const DeviceLimits& device, const packing::Layout&
   }
   const int strips = config.tile_n / packing::kStripN;
   if (config.stages == 0 && strips > 0) {
-    config.stages = DeepestRing(device, 64, config.tile_m, strips, layout.block_stride);
+    config.stages = DeepestRing(device, 64, config.tile_m, strips, layout.block_stride, config.split_k);
   }
   return config;
 }

@@ -11,8 +11,13 @@ namespace {
 constexpr int kMaxDevices = 64;
 
 /// Rows up to which the streaming kernel is faster than the warpgroup kernel (measured). Small weights make too few
-/// tiles of the latter to fill the device.
-int64_t StreamRows(const packing::Layout& layout) { return layout.WeightBytes() <= 16 << 20 ? 64 : 16; }
+/// tiles of the latter to fill the device; and it is slow where scales change within 128 rows of K.
+int64_t StreamRows(const WeightView& weights) {
+  const packing::Layout& layout = weights.layout;
+  const int64_t bytes = layout.WeightBytes();
+  if (weights.encoding == Encoding::kFloat && layout.promotion_k != kBlockK) return bytes <= 16 << 20 ? 64 : 16;
+  return bytes <= 3 << 19 ? 64 : bytes <= 10 << 20 ? 32 : 16;
+}
 
 Device Query(int index) {
   Device device;
@@ -104,7 +109,7 @@ Plan ChoosePlan(const Device& device, const WeightView& weights, int64_t m, bool
       if (bulk && choose_stream()) return plan;
       break;
     case Kernel::kChosen:
-      if (bulk && m <= StreamRows(layout) && choose_stream()) return plan;
+      if (bulk && m <= StreamRows(weights) && choose_stream()) return plan;
       if (bulk && choose_warpgroup()) return plan;
       if (bulk && choose_stream()) return plan;
   }

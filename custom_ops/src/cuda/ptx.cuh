@@ -60,6 +60,12 @@ __device__ __forceinline__ Value LoadShared(uint32_t address) {
   return value;
 }
 
+__device__ __forceinline__ void StoreShared(uint32_t address, uint4 value) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x), "r"(value.y), "r"(value.z),
+               "r"(value.w)
+               : "memory");
+}
+
 // ---- asynchronous copies of sm_80 ---------------------------------------------------------------------------------
 
 /// 16 bytes to shared memory; those from `valid` (0..16) on become zero.
@@ -164,20 +170,6 @@ __device__ __forceinline__ void ClusterArriveRelaxed() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void ClusterWait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-/// Two words from the same place in the shared memory of CTA `rank` of the cluster.
-__device__ __forceinline__ uint2 LoadCluster(uint32_t shared, uint32_t rank) {
-  uint2 value;
-  asm volatile(
-      "{\n"
-      ".reg .u32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %2, %3;\n"
-      "ld.shared::cluster.v2.u32 {%0, %1}, [remote];\n"
-      "}"
-      : "=r"(value.x), "=r"(value.y)
-      : "r"(shared), "r"(rank)
-      : "memory");
-  return value;
-}
 /// Two words to the shared memory of CTA `rank`, counted there by the barrier at the same place as `barrier` here.
 __device__ __forceinline__ void StoreClusterAsync(uint32_t shared, uint2 value, uint64_t* barrier, uint32_t rank) {
   asm volatile(
@@ -188,6 +180,19 @@ __device__ __forceinline__ void StoreClusterAsync(uint32_t shared, uint2 value, 
       "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [remote], {%1, %2}, [counted];\n"
       "}" ::"r"(shared),
       "r"(value.x), "r"(value.y), "r"(SharedAddress(barrier)), "r"(rank)
+      : "memory");
+}
+
+/// The same with four words.
+__device__ __forceinline__ void StoreClusterAsync(uint32_t shared, uint4 value, uint64_t* barrier, uint32_t rank) {
+  asm volatile(
+      "{\n"
+      ".reg .u32 remote, counted;\n"
+      "mapa.shared::cluster.u32 remote, %0, %6;\n"
+      "mapa.shared::cluster.u32 counted, %5, %6;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [remote], {%1, %2, %3, %4}, [counted];\n"
+      "}" ::"r"(shared),
+      "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(SharedAddress(barrier)), "r"(rank)
       : "memory");
 }
 

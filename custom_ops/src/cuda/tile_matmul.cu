@@ -19,7 +19,7 @@ struct TileWork {
 
 template <int kTokens, int kStrips>
 __host__ __device__ __forceinline__ plan::RingMemory TileMemory(const MatMulArguments& args) {
-  return plan::RingMemory::Of(kTokens, kStrips, kAsyncStages, args.weights.layout.block_stride);
+  return plan::RingMemory::Of(kTokens, kStrips, kAsyncStages, args.weights.layout.block_stride, 1);
 }
 
 /// All threads feed the ring with cp.async; rows of A that are not aligned to 16 bytes are read byte by byte.

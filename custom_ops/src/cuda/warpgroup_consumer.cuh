@@ -2,6 +2,7 @@
 #ifndef FPTQ_CUDA_WARPGROUP_CONSUMER_CUH_
 #define FPTQ_CUDA_WARPGROUP_CONSUMER_CUH_
 
+#include "cuda/tile_epilogue.cuh"
 #include "cuda/warpgroup_tile.cuh"
 #include "cuda/wgmma.cuh"
 
@@ -24,7 +25,7 @@ class WarpgroupConsumer {
   static constexpr int kHalfSums = kHalfTokens / 2;
   static constexpr bool kInteger = !HasFloatScales(kPromotion);
   static constexpr bool kTwoSets = !kInteger && Shape::kConsumers == 2;
-  static constexpr Encoding kEncoding = EncodingOf(kPromotion);
+  using Epilogue = TileEpilogue<T, EncodingOf(kPromotion)>;
 
  public:
   __device__ explicit WarpgroupConsumer(const WarpgroupCta<Shape>& cta)
@@ -35,13 +36,15 @@ class WarpgroupConsumer {
 
   __device__ void Run() {
     for (int index = cta_.FirstTile(); index < cta_.TileCount(); index += cta_.TileStride()) {
+      Prefetch(cta_.TileAt(index));
       Clear();
       if constexpr (kPromotion == Promotion::kStep) {
         SumSteps();
       } else {
         SumItems();
       }
-      Finish(cta_.TileAt(index));
+      ptx::Keep(index);
+      Finish(cta_.TileAt(index));  // anew: no register is left for it
     }
   }
 
@@ -253,17 +256,31 @@ class WarpgroupConsumer {
     }
   }
 
-  __device__ uint2 SumPair(int strip, int q) const {
-    const int i = q / 2 * 4 + q % 2;
+  /// Sums of rows 8 i and 8 i + 1 of this thread's tile: both rows' even channel, then both rows' odd channel.
+  __device__ uint4 Quad(int strip, int i) const {
     if constexpr (kInteger) {
-      return {static_cast<uint32_t>(integer_[strip][i]), static_cast<uint32_t>(integer_[strip][i + 2])};
+      const int* sums = integer_[strip] + 4 * i;
+      return {static_cast<uint32_t>(sums[0]), static_cast<uint32_t>(sums[1]), static_cast<uint32_t>(sums[2]),
+              static_cast<uint32_t>(sums[3])};
     } else {
-      return {sums_[strip][i], sums_[strip][i + 2]};
+      const uint32_t* sums = sums_[strip] + 4 * i;
+      return {sums[0], sums[1], sums[2], sums[3]};
     }
   }
 
-  __device__ int64_t Channel(const plan::Tile& tile, int group, int strip, int thread) const {
-    return int64_t{tile.n * Shape::kTileStrips + group * kStrips + strip} * kStripN + packing::ThreadChannel(thread);
+  /// The even one of this thread's two channels of a strip.
+  __device__ int64_t FirstChannel(const plan::Tile& tile, int strip) const {
+    return int64_t{tile.n * Shape::kTileStrips + group_ * kStrips + strip} * kStripN + channel_;
+  }
+
+  __device__ void Prefetch(const plan::Tile& tile) const {
+#pragma unroll
+    for (int strip = 0; strip < kStrips; ++strip) Epilogue::Prefetch(cta_.args, FirstChannel(tile, strip));
+  }
+
+  /// Where this thread's results go: of `rows` rows of the tile from row `first` on.
+  __device__ Epilogue EpilogueOf(const plan::Tile& tile, int strip, int first, int rows) const {
+    return Epilogue(cta_.args, int64_t{tile.m} * kTokens + first, thread_ % 4 * 2, rows, FirstChannel(tile, strip));
   }
 
   __device__ void Finish(const plan::Tile& tile) {
@@ -271,59 +288,61 @@ class WarpgroupConsumer {
     if constexpr (kStrips == 1) {  // larger tiles are never split
       if (cta_.args.split > 1) return FinishCluster(tile);
     }
-    constexpr int kBatch =
-        kTokens == 128 ? 8 : 16;  // rows whose scales are read at once: stores would hold back each next read
+    // All scales are read before anything is written: a store would hold back each next read.
+    const Epilogue first = EpilogueOf(tile, 0, 0, kTokens);
+    float2 scales[kTokens / 8];
+    first.Scales(scales);
 #pragma unroll
     for (int strip = 0; strip < kStrips; ++strip) {
-      const int64_t n = Channel(tile, group_, strip, thread_);
-      if (n >= cta_.args.weights.layout.n) continue;
-      const Epilogue<T, kEncoding> epilogue(cta_.args, n);
-      const auto row = [&](int q) { return int64_t{tile.m} * kTokens + q / 2 * 8 + thread_ % 4 * 2 + q % 2; };
+      const Epilogue epilogue = strip == 0 ? first : EpilogueOf(tile, strip, 0, kTokens);
+      uint4 sums[kTokens / 8];
 #pragma unroll
-      for (int first = 0; first < kTokens / 4; first += kBatch) {
-        float scales[kBatch];
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) scales[i] = epilogue.Scale(row(first + i));
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) epilogue.Store(row(first + i), SumPair(strip, first + i), scales[i]);
-      }
+      for (int i = 0; i < kTokens / 8; ++i) sums[i] = Quad(strip, i);
+      epilogue.Store(sums, scales);
     }
   }
 
-  /// The sums of all ranks are added in rank order, each rank for its share of the tile. The ring is empty by now: the
-  /// producer asks for nothing that is not consumed, and a split tile is the CTA's only one.
+  /// The sums of all ranks are added in rank order, each rank for its share of the tile, which is a split CTA's only
+  /// one. Sums are sent to their owner as soon as a warp has them; a CTA leaves when it has received all of its own.
   __device__ void FinishCluster(const plan::Tile& tile) {
-    const int owner_thread = group_ * kGroupThreads + thread_;
-    asm volatile("bar.sync 1, %0;" ::"n"(Shape::kConsumerThreads) : "memory");
-    uint2* pairs = reinterpret_cast<uint2*>(cta_.shared);
+    constexpr int kMost = kTokens / 16;  // of two ranks
+    constexpr int kThreads = Shape::kConsumerThreads;
+    const plan::SplitExchange exchange = plan::SplitExchange::Of(kTokens, cta_.args.split);
+    const plan::Range mine = exchange.Mine(cta_.rank);
+    const int count = mine.end - mine.begin;
+    const int thread = group_ * kGroupThreads + thread_;
+    const uint32_t inbox = ptx::SharedAddress(cta_.shared + cta_.memory.inbox) + thread * 16;
+    const auto slot = [&](int rank, int i) { return inbox + exchange.Slot(rank, i) * (kThreads * 16); };
+    if (thread == 0) {
+      ptx::BarrierArriveExpect(cta_.received, static_cast<uint32_t>((exchange.split - 1) * count * kThreads * 16));
+    }
+    int owner = 0;
+    plan::Range theirs = exchange.Mine(0);
 #pragma unroll
-    for (int strip = 0; strip < kStrips; ++strip) {
-#pragma unroll
-      for (int q = 0; q < kTokens / 4; ++q) {
-        pairs[(strip * (kTokens / 4) + q) * Shape::kConsumerThreads + owner_thread] = SumPair(strip, q);
+    for (int q = 0; q < kTokens / 8; ++q) {
+      if (q == theirs.end) theirs = exchange.Mine(++owner);
+      const uint32_t to = slot(cta_.rank, q - theirs.begin);
+      if (owner == cta_.rank) {
+        ptx::StoreShared(to, Quad(0, q));  // only this thread reads it
+      } else {
+        ptx::StoreClusterAsync(to, Quad(0, q), cta_.received, static_cast<uint32_t>(owner));
       }
     }
-    ptx::ClusterArrive();
-    ptx::ClusterWait();
-    const plan::Range mine = plan::Share(Shape::kUnits, cta_.rank, cta_.args.split);
-    for (int u = mine.begin + owner_thread; u < mine.end; u += Shape::kConsumerThreads) {
-      const uint32_t address = ptx::SharedAddress(pairs + u);
-      const int owner = u % Shape::kConsumerThreads;
-      const int strip = u / Shape::kConsumerThreads / (kTokens / 4);
-      const int q = u / Shape::kConsumerThreads % (kTokens / 4);
-      const int64_t n = Channel(tile, owner / kGroupThreads, strip, owner % kGroupThreads);
-      if (n >= cta_.args.weights.layout.n) continue;
-      const int64_t m = int64_t{tile.m} * kTokens + q / 2 * 8 + owner % 4 * 2 + q % 2;
-      const Epilogue<T, kEncoding> epilogue(cta_.args, n);
-      const float scale = epilogue.Scale(m);
-      uint2 sum = ptx::LoadCluster(address, 0);
-      for (int r = 1; r < cta_.args.split; ++r) {
-        sum = AddSums<kEncoding>(sum, ptx::LoadCluster(address, static_cast<uint32_t>(r)));
+    const Epilogue epilogue = EpilogueOf(tile, 0, 8 * mine.begin, 8 * count);
+    float2 scales[kMost];
+    epilogue.Scales(scales);
+    ptx::BarrierWait(cta_.received, 0);
+    uint4 sums[kMost];
+#pragma unroll
+    for (int i = 0; i < kMost; ++i) sums[i] = ptx::LoadShared<uint4>(slot(0, i < count ? i : 0));
+#pragma unroll 1
+    for (int rank = 1; rank < exchange.split; ++rank) {
+#pragma unroll
+      for (int i = 0; i < kMost; ++i) {
+        sums[i] = epilogue.Add(sums[i], ptx::LoadShared<uint4>(slot(rank, i < count ? i : 0)));
       }
-      epilogue.Store(m, sum, scale);
     }
-    ptx::ClusterArrive();
-    ptx::ClusterWait();
+    epilogue.Store(sums, scales);
   }
 
   static constexpr int kSets = kTwoSets ? 2 : 1;

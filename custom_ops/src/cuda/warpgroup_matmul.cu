@@ -28,6 +28,7 @@ __device__ __forceinline__ void Produce(const WarpgroupCta<Shape>& cta, const CU
     const int strip = tile.n * Shape::kTileStrips + warp;
     const bool brings_weights = warp < Shape::kTileStrips && strip < w.layout.strips;
     const uint8_t* from = w.blocks + w.layout.BlockOffset(strip, blocks.begin);
+#pragma unroll 1  // for registers
     for (int block = blocks.begin; block < blocks.end; ++block) {
       uint64_t* full = cta.full + at.stage;
       ptx::BarrierWait(cta.empty + at.stage, at.parity ^ 1);
@@ -57,16 +58,20 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       ptx::BarrierInit(cta.full + stage, Shape::kProducers);
       ptx::BarrierInit(cta.empty + stage, Shape::kConsumerThreads / 32);
     }
+    ptx::BarrierInit(cta.received, 1);
     ptx::BarrierInitFence();
   }
   __syncthreads();
   ptx::AllowSuccessors();
+  const bool is_split = args.split > 1;
+  if (is_split) ptx::ClusterArriveRelaxed();
   if (threadIdx.x < kGroupThreads) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Shape::kProducerRegisters));
     const int warp = static_cast<int>(threadIdx.x) / 32;
     if (threadIdx.x % 32 == 0 && warp < Shape::kProducers) Produce(cta, map, warp);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Shape::kConsumerRegisters));
+    if (is_split) ptx::ClusterWait();  // the other ranks' barriers are ready
     WarpgroupConsumer<T, kPromotion, Shape>(cta).Run();
   }
 }
@@ -97,6 +102,7 @@ void LaunchTile(const Device& device, const MatMulArguments& args, const Plan& p
     if (is(128, 192)) return launch(WarpgroupShape<128, 1, 3>{});
   }
   if constexpr (kPromotion == Promotion::kBlock || kPromotion == Promotion::kInteger) {
+    if (is(64, 192)) return launch(WarpgroupShape<64, 1, 3>{});
     if (is(128, 256)) return launch(WarpgroupShape<128, 2, 2>{});
   }
   throw CudaError("the warpgroup kernel has no tile of " + std::to_string(plan.config.tile_m) + " tokens x " +

@@ -23,13 +23,12 @@ struct WarpgroupShape {
   static_assert(kGroupThreads * kProducerRegisters + kConsumerThreads * kConsumerRegisters <=
                 kThreads * kLaunchRegisters);
   static constexpr int kTileBytes = kTokens * kBlockK;
-  static constexpr int kUnits = kConsumerThreads * kStrips * kTokens / 4;  // pairs of neighbouring channels
   /// Warps that fill the ring; warp s asks for strip s, the last one for the activations. (One thread that asks for
   /// everything cannot keep up: a request takes it about 200 clocks.)
   static constexpr int kProducers = kTileStrips < 4 ? kTileStrips + 1 : 4;
 
   __host__ __device__ static plan::RingMemory Memory(const MatMulArguments& args) {
-    return plan::RingMemory::Of(kTokens, kTileStrips, args.stages, args.weights.layout.block_stride);
+    return plan::RingMemory::Of(kTokens, kTileStrips, args.stages, args.weights.layout.block_stride, args.split);
   }
 };
 
@@ -42,6 +41,7 @@ class WarpgroupCta {
         memory(Shape::Memory(args)),
         full(reinterpret_cast<uint64_t*>(shared + memory.barriers)),
         empty(full + args.stages),
+        received(empty + args.stages),
         rank(static_cast<int>(blockIdx.x) % args.split) {}
 
   /// This rank's share of K.
@@ -58,6 +58,7 @@ class WarpgroupCta {
   uint8_t* shared;
   plan::RingMemory memory;
   uint64_t *full, *empty;
+  uint64_t* received;  ///< the sums of a split tile are in the inbox
   int rank;
 };
 

@@ -424,7 +424,37 @@ void TestStreamPlan() {
   }
 }
 
+/// The exchange of a split tile: each quad of a thread has one owner, who finds it from every rank at its own place in
+/// an inbox that is large enough, and a rank's quads are the rows that it writes.
+void CheckSplitExchange(int tokens, int split) {
+  constexpr int kThreads = 256;
+  const plan::SplitExchange exchange = plan::SplitExchange::Of(tokens, split);
+  EXPECT(exchange.quads * 8 == tokens, "%d quads", exchange.quads);
+  std::set<int> rows;
+  for (int owner = 0; owner < split; ++owner) {
+    const plan::Range mine = exchange.Mine(owner);
+    EXPECT(mine.end - mine.begin <= exchange.Most() && mine.end > mine.begin, "rank %d of %d", owner, split);
+    std::set<int> slots;
+    for (int from = 0; from < split; ++from) {
+      for (int quad = mine.begin; quad < mine.end; ++quad) slots.insert(exchange.Slot(from, quad - mine.begin));
+    }
+    EXPECT(slots.size() == static_cast<size_t>(split * (mine.end - mine.begin)), "inbox of %d", owner);
+    EXPECT((*slots.rbegin() + 1) * kThreads * 16 <= exchange.InboxBytes(kThreads), "inbox of %d", owner);
+    for (int quad = mine.begin; quad < mine.end; ++quad) {
+      for (int lane = 0; lane < 4; ++lane) {  // the rows of a thread's accumulators 4 quad .. 4 quad + 3
+        for (int odd = 0; odd < 2; ++odd) rows.insert(8 * mine.begin + lane * 2 + 8 * (quad - mine.begin) + odd);
+      }
+    }
+  }
+  EXPECT(rows.size() == static_cast<size_t>(tokens) && *rows.rbegin() == tokens - 1, "%d tokens, split %d", tokens,
+         split);
+}
+
 void TestWarpgroupPlan() {
+  for (int tokens : {64, 128}) {
+    for (int split = 2; split <= 8; ++split) CheckSplitExchange(tokens, split);
+  }
+  EXPECT(plan::SplitExchange::Of(64, 1).InboxBytes(256) == 0, "a tile that is not split has an inbox");
   const plan::DeviceLimits h200{132, 227 * 1024, 228 * 1024, {0, 132, 66, 40, 30, 24, 20, 16, 14}};
   for (int64_t k : {16, 128, 4096, 28672}) {
     for (int64_t n : {1, 200, 4096, 28672}) {
@@ -435,17 +465,19 @@ void TestWarpgroupPlan() {
           for (const Encoding encoding : {Encoding::kFloat, Encoding::kInteger}) {
             const plan::Config config = plan::ChooseWarpgroup(h200, layout, m, encoding, {});
             const int strips = config.tile_n / kStripN;
-            const auto memory = plan::RingMemory::Of(config.tile_m, strips, config.stages, layout.block_stride);
+            const auto memory =
+                plan::RingMemory::Of(config.tile_m, strips, config.stages, layout.block_stride, config.split_k);
             EXPECT(memory.total <= h200.shared_per_cta && config.stages >= 2, "%d bytes, %d stages", memory.total,
                    config.stages);
-            EXPECT(memory.weights % 1024 == 0 && memory.barriers % 8 == 0, "alignment");
+            EXPECT(memory.weights % 1024 == 0 && memory.inbox % 16 == 0 && memory.barriers % 8 == 0, "alignment");
             EXPECT(config.split_k == 1 || layout.k_blocks / config.split_k >= 4, "split %d", config.split_k);
             EXPECT(config.split_k == 1 || config.tile_n < 256, "a split tile of 256 channels");
             const int64_t tiles = CeilDiv(m, config.tile_m) * CeilDiv(n, config.tile_n);
             EXPECT(config.split_k == 1 || tiles <= h200.clusters[config.split_k], "split %d", config.split_k);
             const bool in_steps = encoding == Encoding::kFloat && layout.promotion_k != kBlockK;
             EXPECT(config.tile_n <= 128 || !in_steps, "groups of 32 in tiles of %d channels", config.tile_n);
-            EXPECT(config.tile_n != 192 || encoding == Encoding::kInteger, "float scales in tiles of 192 channels");
+            EXPECT(config.tile_m != 128 || config.tile_n != 192 || encoding == Encoding::kInteger,
+                   "float scales in tiles of 128 tokens x 192 channels");
           }
         }
       }

@@ -303,13 +303,13 @@ inline Config ChooseWarpgroup(const DeviceLimits& device, const packing::Layout&
     int64_t end_ns;                ///< from the last sums to the next tile
   };
   // Measured on an H100, from one and several tiles per multiprocessor.
-  const Shape shapes[] = {{64, 128, 305, 340, 700},
+  const Shape shapes[] = {{64, 128, 312, 340, 700},
                           {64, 192, 440, 455, 800},
                           {128, 128, 505, 400, 1200},
                           {128, 192, 0, 555, 1300},
                           {128, 256, 940, 780, 1500}};
   constexpr int64_t kExchangeNs = 50;  // for a KB of sums that a CTA sends to the others of its cluster
-  constexpr int64_t kManyNs = 1200;    // in clusters of more than four
+  constexpr int64_t kManyNs = 700;     // in clusters of more than four
   const int blocks = static_cast<int>(layout.k_blocks);
   const bool is_float = encoding == packing::Encoding::kFloat;
   const Config wanted = config;

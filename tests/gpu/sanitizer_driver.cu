@@ -32,6 +32,8 @@ struct Library {
     Load(pack, "fptq_pack_weights");
     Load(free_weights, "fptq_free_weights");
     Load(matmul, "fptq_w4a8_matmul");
+    Load(dynamic_matmul, "fptq_dynamic_w4a8_matmul");
+    Load(quantizes_inside, "fptq_quantizes_inside");
     Load(quantize_per_token, "fptq_dynamic_quantize_per_token");
     Load(quantize_static, "fptq_quantize_static");
   }
@@ -48,6 +50,8 @@ struct Library {
   decltype(fptq_pack_weights)* pack;
   decltype(fptq_free_weights)* free_weights;
   decltype(fptq_w4a8_matmul)* matmul;
+  decltype(fptq_dynamic_w4a8_matmul)* dynamic_matmul;
+  decltype(fptq_quantizes_inside)* quantizes_inside;
   decltype(fptq_dynamic_quantize_per_token)* quantize_per_token;
   decltype(fptq_quantize_static)* quantize_static;
 };
@@ -221,8 +225,45 @@ class Driver {
       CheckCuda(cudaDeviceSynchronize(), path.name);
       CompareProduct(p, path.name, expected, y.Host());
     }
+    if (p.zero_point == 128) DynamicMatMul(p, weights);
     library_.free_weights(weights);
   }
+
+  /// Float activations: the same bytes as quantization and product one after the other.
+  void DynamicMatMul(const Problem& p, const FptqWeights* weights) {
+    std::vector<uint8_t> x(static_cast<size_t>(p.m) * p.k * Typed::Size(p.dtype));
+    std::normal_distribution<float> normal;
+    for (size_t i = 0; i < x.size(); i += Typed::Size(p.dtype)) Typed::Put(p.dtype, normal(random_), x.data() + i);
+    const Buffer<uint8_t> x_device(x);
+    const Buffer<uint8_t> q(static_cast<size_t>(p.m) * p.k);
+    const Buffer<float> scale(static_cast<size_t>(p.m));
+    const Buffer<uint8_t> zero_point(std::vector<uint8_t>{128});
+    const size_t bytes = static_cast<size_t>(p.m) * p.n * Typed::Size(p.dtype);
+    int32_t inside = 0;
+    if (Call(library_.quantizes_inside(weights, x_device.get(), p.m, &inside))) return;
+    inside_ += inside;
+    for (const Path& path : kPaths) {
+      if (path.options.kernel > 1 || capability_ < path.min_capability) continue;
+      if (path.options.loader == 1 && p.k % 16 != 0) continue;
+      const Buffer<uint8_t> y(std::vector<uint8_t>(bytes, 0xFF));
+      const Buffer<uint8_t> expected(std::vector<uint8_t>(bytes, 0));
+      const bool alone = inside != 0 && path.options.kernel == 0;  // needs no workspace
+      if (Call(library_.dynamic_matmul(weights, x_device.get(), p.m, y.get(), alone ? nullptr : q.get(),
+                                       alone ? nullptr : scale.get(), &path.options, nullptr)) ||
+          Call(library_.quantize_per_token(x_device.get(), p.dtype, p.m, p.k, q.get(), scale.get(), nullptr)) ||
+          Call(library_.matmul(weights, q.get(), scale.get(), 1, zero_point.get(), p.m, expected.get(), &path.options,
+                               nullptr))) {
+        std::printf("  float activations in %s\n", path.name);
+        continue;
+      }
+      CheckCuda(cudaDeviceSynchronize(), path.name);
+      if (y.Host() != expected.Host()) {
+        Fail("float activations, %s: m=%d k=%d n=%d dtype=%d differ from two kernels", path.name, p.m, p.k, p.n,
+             p.dtype);
+      }
+    }
+  }
+  int inside() const { return inside_; }
 
   void QuantizePerToken(int m, int k, int dtype) {
     std::vector<uint8_t> x(static_cast<size_t>(m) * k * Typed::Size(dtype));
@@ -314,6 +355,7 @@ class Driver {
 
   Library library_;
   int capability_ = 0;
+  int inside_ = 0;  // problems whose product quantizes
   std::mt19937 random_{20};
 };
 
@@ -332,7 +374,7 @@ int main(int argc, char** argv) {
       // m, k, n, block, dtype, max_multiple, per_token, zero_point
       {0, 256, 128, 128, 1, 0, true, 128}, {0, 576, 200, 128, 1, 15, true, 128}, {0, 200, 72, 64, 0, 0, false, 3},
       {0, 512, 72, 32, 2, 0, true, 7},     {0, 300, 136, 300, 2, 0, true, 255},  {0, 1000, 100, 32, 1, 0, false, 128},
-      {0, 129, 65, 100, 2, 15, true, 128},
+      {0, 129, 65, 100, 2, 15, true, 128}, {0, 512, 4200, 128, 1, 0, true, 128},
   };
   for (Problem p : layers) {
     for (int m : tokens) {
@@ -349,6 +391,6 @@ int main(int argc, char** argv) {
       problems += 2;
     }
   }
-  std::printf("%d problems, %d failures\n", problems, failures);
+  std::printf("%d problems, %d of products that quantize, %d failures\n", problems, driver.inside(), failures);
   return failures == 0 ? 0 : 1;
 }

@@ -101,6 +101,24 @@ def test_integer_part_is_exact(library, generator, tokens, structured):
     assert torch.equal(y.cpu().long(), exact)
 
 
+@pytest.mark.parametrize("tokens", [1, 8, 16])
+@pytest.mark.parametrize("structured", [False, True])
+def test_many_rounds_of_few_blocks(library, generator, tokens, structured):
+    """Warps of a group that wait for nothing in between may be rounds apart: their sums must not meet in an inbox."""
+    shape, block = Shape(512, 65536), 128
+    weight = random_weight(shape, block, torch.float32, generator, structured=structured)
+    weight = Weight(weight.values, torch.ones_like(weight.scale), block, 15 if structured else 0)
+    a = torch.randint(0, 256, (tokens, shape.k), dtype=torch.uint8, device="cuda", generator=generator)
+    model = layer_model(weight, Activation.QUANTIZED, per_token=False, zero_point=128)
+    exact = (a.double() - 128) @ weight.values.double()  # below 2^53
+    outputs = {"Y": torch.empty(tokens, shape.n, device="cuda")}
+    run = BoundRun(cuda_session(model, library=library), {"A": a, "a_scale": torch.ones((), device="cuda")}, outputs)
+    for _ in range(10):
+        outputs["Y"].fill_(float("nan"))
+        run()
+        assert torch.equal(outputs["Y"].double(), exact)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_quantizing_special_rows(library, generator, dtype):
     """Rows of zeros, subnormals, ties, NaN and infinity follow the operator's definition."""

@@ -100,6 +100,11 @@ class KernelLibrary:
                 [pointer, pointer, pointer, i32, pointer, i64, pointer, options, pointer],
                 ctypes.c_int,
             ),
+            "fptq_dynamic_w4a8_matmul": (
+                [pointer, pointer, i64, pointer, pointer, pointer, options, pointer],
+                ctypes.c_int,
+            ),
+            "fptq_quantizes_inside": ([pointer, pointer, i64, ctypes.POINTER(i32)], ctypes.c_int),
             "fptq_describe_plan": ([pointer, i64, options], ctypes.c_int),
             "fptq_dynamic_quantize_per_token": ([pointer, i32, i64, i64, pointer, pointer, pointer], ctypes.c_int),
             "fptq_quantize_static": ([pointer, i32, i64, pointer, pointer, pointer, pointer], ctypes.c_int),
@@ -160,6 +165,37 @@ class KernelLibrary:
                 _stream(),
             )
         )
+
+    def dynamic_matmul(
+        self,
+        weight: PackedWeight,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        workspace: tuple[torch.Tensor, torch.Tensor] | None = None,
+        plan: Plan | None = None,
+    ) -> None:
+        """Multiply x [M, K], quantized per token on the way, into out [M, N].
+
+        Args:
+            weight: Its scales have the type of x and out.
+            x: Float activations.
+            out: Results.
+            workspace: Quantized uint8 [M, K] and scale float32 [M, 1], where `quantizes_inside` is false.
+            plan: How the product runs.
+        """
+        quantized, scale = (tensor.data_ptr() for tensor in workspace) if workspace else (None, None)
+        options = ctypes.byref(_Options(**asdict(plan))) if plan else None
+        self._check(
+            self.functions.fptq_dynamic_w4a8_matmul(
+                weight.handle, x.data_ptr(), x.shape[0], out.data_ptr(), quantized, scale, options, _stream()
+            )
+        )
+
+    def quantizes_inside(self, weight: PackedWeight, x: torch.Tensor) -> bool:
+        """Whether dynamic_matmul is one kernel, which needs no workspace."""
+        inside = ctypes.c_int32()
+        self._check(self.functions.fptq_quantizes_inside(weight.handle, x.data_ptr(), x.shape[0], ctypes.byref(inside)))
+        return bool(inside.value)
 
     def plan(self, weight: PackedWeight, tokens: int) -> Plan:
         """What the library chooses for this many rows on the current device."""

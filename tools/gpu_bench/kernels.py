@@ -44,6 +44,11 @@ QUICK_PEERS = ("torch fp16", "torch int8", "humming", "pure read", "copy")
 WGMMA_ITERATIONS, WGMMA_OPERATIONS = 2000, 2 * 8 * 2 * 64 * 128 * 32
 
 
+def workspace(tokens: int, k: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantized activations, uint8 [tokens, k], and their scales, float32 [tokens, 1]."""
+    return torch.empty(tokens, k, dtype=torch.uint8, device=device), torch.empty(tokens, 1, device=device)
+
+
 class Ours(Peer):
     """The project's kernels: quantize each token, multiply with float group scales."""
 
@@ -68,8 +73,7 @@ class Ours(Peer):
         """See Peer."""
         device = self.generator.device
         x = random_activations(tokens, self.shape.k, DTYPE, self.generator)
-        quantized = torch.empty(tokens, self.shape.k, dtype=torch.uint8, device=device)
-        scale = torch.empty(tokens, 1, device=device)
+        quantized, scale = workspace(tokens, self.shape.k, device)
         zero_point = torch.full((1,), ZERO_POINT, dtype=torch.uint8, device=device)
         y = torch.empty(tokens, self.shape.n, dtype=DTYPE, device=device)
         self.library.quantize_per_token(x, quantized, scale)
@@ -83,6 +87,25 @@ class Ours(Peer):
 
 
 class OursStructured(Ours):
+    """The same with scales that are small multiples of one base per column."""
+
+    structured = True
+
+
+class OursFused(Ours):
+    """Float activations: up to four tokens are quantized by the kernel that multiplies them."""
+
+    contains = "activation quantization and product, one op"
+
+    def calls(self, tokens: int) -> list[Call]:
+        """See Peer."""
+        x = random_activations(tokens, self.shape.k, DTYPE, self.generator)
+        y = torch.empty(tokens, self.shape.n, dtype=DTYPE, device=x.device)
+        space = workspace(tokens, self.shape.k, x.device)
+        return [lambda weight=weight: self.library.dynamic_matmul(weight, x, y, space) for weight in self.packed]
+
+
+class OursFusedStructured(OursFused):
     """The same with scales that are small multiples of one base per column."""
 
     structured = True
@@ -112,7 +135,15 @@ class PureRead(Peer):
         return [lambda b=b: self.library.read(b, self.sink) for b in self.copies.buffers]
 
 
-OURS = {"W4A8": Ours, "W4A8 structured": OursStructured, "W4A8 product": OursProduct, "pure read": PureRead}
+OURS = {
+    "W4A8": Ours,
+    "W4A8 fused": OursFused,
+    "W4A8 structured": OursStructured,
+    "W4A8 structured fused": OursFusedStructured,
+    "W4A8 product": OursProduct,
+    "pure read": PureRead,
+}
+FORMS = tuple(name for name, peer in OURS.items() if issubclass(peer, Ours) and peer.quantizes)  # whole operations
 NAMES = (*OURS, *PEERS)
 
 
@@ -233,7 +264,8 @@ def check_kernels(ours: Ours, tokens: int) -> dict[str, Any]:
 
     Returns:
         "integers" (the sums equal int64's on sampled rows and columns), "error" (see `excess_error`), "quantize"
-        (the activations are quantized exactly as defined), "repeats" (equal bytes twice), "passed".
+        (the activations are quantized exactly as defined), "repeats" (equal bytes twice), "fused" (one op gives the
+        bytes of two), "passed".
     """
     library, weight, packed, device = ours.library, ours.first, ours.packed[0], ours.generator.device
     if weight is None:
@@ -253,6 +285,9 @@ def check_kernels(ours: Ours, tokens: int) -> dict[str, Any]:
 
     y = product(packed, scale)
     repeats = bool(torch.equal(y.view(torch.int16), product(packed, scale).view(torch.int16)))
+    one_op = torch.full_like(y, float("nan"))
+    library.dynamic_matmul(packed, x, one_op, workspace(tokens, ours.shape.k, device))
+    fused = bool(torch.equal(y.view(torch.int16), one_op.view(torch.int16)))
     rows = torch.randperm(tokens, device=device, generator=ours.generator)[:SAMPLED_ROWS]
     error = excess_error(y[rows], reference(quantized[rows], scale[rows], weight))
     finite = bool(torch.isfinite(y).all())
@@ -269,8 +304,15 @@ def check_kernels(ours: Ours, tokens: int) -> dict[str, Any]:
     b = weight.values[:, columns].long() * multiples[:, columns].repeat_interleave(weight.block, dim=0)[: ours.shape.k]
     exact = (quantized[rows].cpu().numpy().astype(np.int64) - ZERO_POINT) @ b.cpu().numpy()
     integers = bool((sums[rows][:, columns].cpu().numpy() == exact).all())
-    passed = integers and repeats and finite and quantize and error <= EXCESS_TOLERANCE
-    return {"passed": passed, "integers": integers, "error": error, "quantize": quantize, "repeats": repeats}
+    passed = integers and repeats and finite and quantize and fused and error <= EXCESS_TOLERANCE
+    return {
+        "passed": passed,
+        "integers": integers,
+        "error": error,
+        "quantize": quantize,
+        "repeats": repeats,
+        "fused": fused,
+    }
 
 
 def _table(rows: list[dict[str, Any]], names: list[str]) -> str:
@@ -278,7 +320,7 @@ def _table(rows: list[dict[str, Any]], names: list[str]) -> str:
     cells = []
     for row in rows:
         us = {name: figures["median_us"] for name, figures in row["us"].items()}
-        ours = min((us[name] for name in ("W4A8", "W4A8 structured") if name in us), default=None)
+        ours = min((us[name] for name in FORMS if name in us), default=None)
         k, n = map(int, row["shape"].split("->"))
         ratios = [f"{us[peer] / ours:.2f}" if peer in us and ours else "-" for peer in ("torch fp16", "humming")]
         rates = ["-", "-"]

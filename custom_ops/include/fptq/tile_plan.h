@@ -111,7 +111,8 @@ struct DeviceLimits {
   int multiprocessors;
   int shared_per_cta;
   int shared_per_multiprocessor;
-  int clusters[9];  ///< [size]: clusters of 1 to 8 CTAs that run at once, one CTA on each multiprocessor
+  int clusters[9];   ///< [size]: clusters of 1 to 8 CTAs that run at once, one CTA on each multiprocessor
+  int block_clocks;  ///< in which a multiprocessor's part of the memory bandwidth brings one block of weights
 };
 
 /// Deepest ring of at most `blocks` stages.
@@ -139,19 +140,56 @@ FPTQ_HD constexpr int StreamBlocksAtOnce(StreamForm form) { return form == Strea
 /// Rows of K, in blocks, of a stage of a group's ring: at least two blocks of weights in all.
 FPTQ_HD constexpr int StreamChunk(StreamForm form) { return form == StreamForm::kMany ? 2 : StreamBlocksAtOnce(form); }
 
+/// Stages of a group's ring in flight while it is filled for the first time, 34 to 68 KB of all groups (measured). They
+/// keep the memory busy; more would hold up the activations, which others write and read in the meantime.
+FPTQ_HD constexpr int StreamWindow(StreamForm form) {
+  return form == StreamForm::kTall ? 1 : form == StreamForm::kWide ? 2 : 4;
+}
 /// Bytes of weights beyond its ring that a CTA asks into L2 while it waits for activations. It costs more than it
 /// brings where more tokens have to pass through L2 and the ring holds most of the weights anyway (measured).
 FPTQ_HD constexpr int StreamPrefetch(int tokens, int64_t weight_bytes) {
   return tokens <= 8 || weight_bytes > (int64_t{64} << 20) ? 64 * 1024 : 0;
 }
 
+// Where the streaming kernel quantizes activations itself, a CTA quantizes its share of K of all tokens. Its warps
+// divide a token into slices where there are fewer tokens than warps.
+
+/// Most tokens of a product that quantizes, and most bytes of values of a CTA: they are kept in registers.
+inline constexpr int kMaxQuantizedTokens = 4;
+inline constexpr int kQuantizingTile = 8;  // tokens of its tile
+inline constexpr int kMaxQuantizedBytes = 32768;
+/// Places for the magnitudes that a CTA receives: one from each of at most 16 warps of each of at most 8 CTAs.
+inline constexpr int kExchangeMagnitudes = 16 * 8;
+
+/// Slices of a token, as a power of two.
+FPTQ_HD constexpr int StreamLogSlices(StreamForm form, int tokens) {
+  int log_slices = 0;
+  while (tokens << (log_slices + 1) <= 4 * StreamGroups(form)) ++log_slices;
+  return log_slices;
+}
+/// Vectors of 8 values that a thread keeps.
+FPTQ_HD constexpr int StreamHeldVectors(StreamForm form, int value_bytes) {
+  return kMaxQuantizedBytes / (8 * value_bytes) / (StreamGroups(form) * packing::kGroupThreads);
+}
+/// The vectors of a consumer thread: begin, begin + stride, ... of those of its token in the CTA's share of K.
+struct StreamSlice {
+  int warp, token, begin, stride;
+
+  FPTQ_HD static constexpr StreamSlice Of(int thread, int log_slices) {
+    const int warp = thread / 32;
+    return {warp, warp >> log_slices, (warp & ((1 << log_slices) - 1)) * 32 + thread % 32, 32 << log_slices};
+  }
+  /// Where CTA `rank` of a cluster leaves the magnitude of the warp's slice; a token's places follow each other.
+  FPTQ_HD constexpr int Place(int rank, int log_split) const { return (warp << log_split) + rank; }
+};
+
 /// Shared memory of a CTA. The activations of its share of K stay for its whole life; every group has a ring of its own
 /// (so that a group may run ahead of another: a barrier's parity tells one lap from the next only) that carries chunks
 /// of weights; its inboxes receive the sums of the contributors for the part of a span that it owns: two where there
 /// are several rounds, because a round is read while the next one arrives.
 struct StreamMemory {
-  int tile_bytes, chunk_bytes, inbox_bytes;     ///< of one block of K; of one strip in a stage; of one inbox
-  int inbox, weights, barriers, barrier_count;  ///< offsets; activations are at 0
+  int tile_bytes, chunk_bytes, inbox_bytes;  ///< of one block of K; of one strip in a stage; of one inbox
+  int inbox, weights, scales, exchange, barriers, barrier_count;  ///< offsets; activations are at 0
   int total;
 
   /// `blocks`: the largest share of K of a CTA, in blocks.
@@ -163,8 +201,10 @@ struct StreamMemory {
     memory.inbox_bytes = tokens * StreamStrips(form) * packing::kStripN * 4;
     memory.inbox = blocks * memory.tile_bytes;
     memory.weights = memory.inbox + inboxes * StreamGroups(form) * memory.inbox_bytes;
-    memory.barriers = memory.weights + stages * StreamStrips(form) * memory.chunk_bytes;
-    memory.barrier_count = 2 * stages + 2 * StreamGroups(form) + 1;
+    memory.scales = memory.weights + stages * StreamStrips(form) * memory.chunk_bytes;
+    memory.exchange = memory.scales + tokens * 4;
+    memory.barriers = memory.exchange + (tokens == kQuantizingTile ? kExchangeMagnitudes * 4 : 0);
+    memory.barrier_count = 2 * stages + 2 * StreamGroups(form) + 2;
     memory.total = memory.barriers + memory.barrier_count * 8;
     return memory;
   }
@@ -218,6 +258,11 @@ constexpr bool HasStreamForm(StreamForm form, int tokens, StreamScales scales) {
   return false;
 }
 
+/// Whether it has a form that quantizes up to kMaxQuantizedTokens.
+constexpr bool HasQuantizingForm(StreamForm form, StreamScales scales) {
+  return HasStreamForm(form, kQuantizingTile, scales) && (form != StreamForm::kTall || scales.is_float);
+}
+
 /// The streaming kernel for m tokens: clusters of at least two CTAs share K, strips are dealt to clusters evenly.
 /// stages = 0 if the activations do not fit: then the kernel cannot run.
 inline Config ChooseStream(const DeviceLimits& device, const packing::Layout& layout, StreamScales scales, int64_t m,
@@ -251,13 +296,13 @@ inline Config ChooseStream(const DeviceLimits& device, const packing::Layout& la
                                device.shared_per_cta - room)
         depth += groups;
       if (depth == 0) continue;
-      // Clocks, measured on an H200. A round takes its part of the device's bandwidth, or a group's own chain of
-      // blocks.
-      const int64_t bandwidth = int64_t{230} * strips * blocks / device.multiprocessors;
-      const bool integers = !scales.is_float;  // they take more instructions: half of the warps are too few sooner
-      int64_t at_once = 500 + 10 * tokens;
-      if (form == StreamForm::kTall) at_once = integers ? 2000 + 60 * tokens : 850 + 30 * tokens;
-      if (form == StreamForm::kPaired && integers && tokens <= 8) at_once = 900;
+      // Clocks, fitted to measurements of all forms on an H100. A round takes its part of the device's bandwidth, or a
+      // group's own chain of blocks.
+      const int64_t bandwidth = int64_t{device.block_clocks} * strips * blocks / device.multiprocessors;
+      const bool integers = !scales.is_float;  // they take more instructions
+      int64_t at_once = 200 + 56 * tokens;
+      if (form == StreamForm::kTall) at_once = 1190 + (integers ? 170 * tokens : 0);
+      if (form == StreamForm::kPaired) at_once = 440 + 44 * tokens + (integers ? 530 : 0);
       const int64_t chain = packing::CeilDiv(packing::CeilDiv(share, parts), StreamBlocksAtOnce(form)) * at_once;
       const int teams = groups / parts;
       int64_t cost = 0;
@@ -266,18 +311,12 @@ inline Config ChooseStream(const DeviceLimits& device, const packing::Layout& la
         const int64_t arrival = bandwidth * in_round / spans;
         cost += arrival > chain ? arrival : chain;
       }
-      // A group whose ring holds few blocks waits for memory.
-      if (depth * StreamChunk(form) * StreamStrips(form) < 6 * groups) cost += bandwidth / 4;
-      // Loading the activations hides in part behind the weights. Exchanges of sums: tall groups go on meanwhile.
-      const int64_t load = int64_t{5} * share * tokens;
-      cost += load < 2240 ? load : 2240;
-      cost += (form == StreamForm::kTall ? 500 : 2500) * (rounds - 1);
-      cost += split == 2 ? 0 : split == 4 ? 600 : 700;  // larger clusters
-      // The quantization of the activations finds no room beside a kernel with this many threads, and the last few
-      // activations arrive late where weights occupy nearly all multiprocessors.
-      if (form == StreamForm::kWide) cost += 1000;
-      if (form == StreamForm::kTall && m <= 4) cost += m == 1 ? 1500 : 20 * share;
-      if (per_cluster < StreamStrips(form)) cost += 1500;
+      cost += int64_t{44} * share * tokens / 10;  // loading the activations
+      cost += (form == StreamForm::kTall ? 700 : 400) * (rounds - 1);
+      cost += split == 2 ? 0 : split == 4 ? 400 : 580;  // larger clusters
+      // The quantization of the activations finds no room beside a kernel with this many threads.
+      if (form == StreamForm::kWide) cost += 1950;
+      if (per_cluster < StreamStrips(form)) cost += 5000;
       if (cost >= best) continue;
       best = cost;
       config = {tokens,
@@ -291,6 +330,16 @@ inline Config ChooseStream(const DeviceLimits& device, const packing::Layout& la
     }
   }
   return config;
+}
+
+/// Whether the streaming kernel with this plan quantizes m tokens itself (where it pays, measured: few values per CTA).
+inline bool StreamQuantizes(const Config& config, const packing::Layout& layout, StreamScales scales, int64_t m,
+                            int value_bytes) {
+  if (!HasQuantizingForm(config.form, scales)) return false;
+  if (m > (config.form == StreamForm::kTall ? kMaxQuantizedTokens / 2 : kMaxQuantizedTokens)) return false;
+  const int tokens = 1 << LogOfPower(static_cast<int>(m));
+  const int64_t share = packing::CeilDiv(layout.k_blocks, config.split_k);
+  return tokens * share * packing::kBlockK * value_bytes <= kMaxQuantizedBytes;
 }
 
 /// The warpgroup kernel for m tokens: the tile shape and split with the least estimated time, one CTA per

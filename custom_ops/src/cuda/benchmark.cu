@@ -23,8 +23,8 @@ __global__ void __launch_bounds__(32) ReadKernel(const uint8_t* data, int chunks
   const uint64_t policy = ptx::EvictFirstPolicy();
   const auto load = [&](int i) {
     ptx::BarrierArriveExpect(barriers + i % kStages, kChunk);
-    ptx::BulkCopy(ring + i % kStages * kChunk, data + int64_t{mine.begin + i} * kChunk, kChunk, barriers + i % kStages,
-                  policy);
+    ptx::BulkCopy(ptx::SharedAddress(ring + i % kStages * kChunk), data + int64_t{mine.begin + i} * kChunk, kChunk,
+                  barriers + i % kStages, policy);
   };
   for (int i = 0; i < min(kStages, count); ++i) load(i);
   for (int i = 0; i < count; ++i) {

@@ -38,10 +38,15 @@ struct MatMulArguments {
   int split;             ///< CTAs of a cluster that share a tile
   int stages;            ///< depth of the shared-memory ring
   int tiles_m, tiles_n;  ///< warpgroup kernel: tiles of the output
-  // Streaming kernel.
+  // Streaming kernel. What is the same for all CTAs is computed once, on the host: a kernel's first request for weights
+  // waits for whatever is computed before it.
   int log_split, log_parts, inboxes;  ///< see plan::Config
   int cluster_strips, longer;         ///< strips of a cluster; the first `longer` clusters have one more
-  int prefetch_bytes;                 ///< see plan::StreamPrefetch
+  int prefetch_bytes;                 ///< of a strip, see plan::StreamPrefetch
+  int depth, window;                  ///< stages of one group's ring; those in flight while it is filled first
+  int stage_bytes;                    ///< of weights in a stage
+  int64_t strip_bytes;                ///< from one strip to the next
+  plan::StreamMemory memory;
 };
 
 /// How a kernel scales its integer sums.
@@ -76,24 +81,34 @@ struct RingPosition {
 /// The map of A [m, k] for tiles of `rows` rows x 128 bytes, swizzled. Encoded on the host, passed by value.
 CUtensorMap ActivationMap(const Device& device, const MatMulCall& call, int64_t k, int rows);
 
+/// Zero point of the activations.
+__device__ __forceinline__ int ZeroPointOf(const MatMulCall& call) {
+  return call.a_zero_point == nullptr ? kDynamicZeroPoint : *call.a_zero_point;
+}
+
 /// Sums of two neighbouring channels become two results. The factors that depend on the channel are read once.
 template <class T, Encoding kEncoding>
 class Epilogue {
  public:
   /// `n`: an even channel, below the padded channel count.
-  __device__ Epilogue(const MatMulArguments& args, int64_t n)
-      : call_(args.call), n_(n), channels_(args.weights.layout.n) {
+  __device__ Epilogue(const MatMulArguments& args, int64_t n) : args_(args), n_(static_cast<int>(n)) {
     if (kEncoding == Encoding::kInteger) sum_ = *reinterpret_cast<const int2*>(args.weights.column_sum + n);
     base_ = *reinterpret_cast<const float2*>(args.weights.column_base + n);
-    zero_point_ = *call_.a_zero_point;
   }
 
+  /// Before any Store, and once the kernels ahead have finished.
+  __device__ void ReadZeroPoint() { zero_point_ = ZeroPointOf(args_.call); }
+
   /// Scale of row m of the activations.
-  __device__ float Scale(int64_t m) const { return call_.a_scale[!call_.per_token || m >= call_.m ? 0 : m]; }
+  __device__ float Scale(int64_t m) const {
+    const MatMulCall& call = args_.call;
+    return call.a_scale[!call.per_token || m >= call.m ? 0 : m];
+  }
 
   /// `sums`: bits of two float (float encoding) or int32 (integer encoding) sums of row m.
   __device__ void Store(int64_t m, uint2 sums, float a_scale) const {
-    if (m >= call_.m || n_ >= channels_) return;
+    const int64_t channels = args_.weights.layout.n;
+    if (m >= args_.call.m || n_ >= channels) return;
     float2 y;
     if constexpr (kEncoding == Encoding::kInteger) {
       y.x = packing::DequantizeInteger(static_cast<int>(sums.x), sum_.x, base_.x, zero_point_, a_scale);
@@ -102,18 +117,18 @@ class Epilogue {
       y.x = packing::DequantizeFloat(__uint_as_float(sums.x), base_.x, zero_point_, a_scale);
       y.y = packing::DequantizeFloat(__uint_as_float(sums.y), base_.y, zero_point_, a_scale);
     }
-    T* row = static_cast<T*>(call_.y) + m * channels_ + n_;
-    if (channels_ % 2 == 0) {
+    T* row = static_cast<T*>(args_.call.y) + m * channels + n_;
+    if (channels % 2 == 0) {
       *reinterpret_cast<typename Numeric<T>::Pair*>(row) = Numeric<T>::FromFloat2(y);
     } else {
       row[0] = Numeric<T>::FromFloat(y.x);
-      if (n_ + 1 < channels_) row[1] = Numeric<T>::FromFloat(y.y);
+      if (n_ + 1 < channels) row[1] = Numeric<T>::FromFloat(y.y);
     }
   }
 
  private:
-  const MatMulCall& call_;
-  int64_t n_, channels_;
+  const MatMulArguments& args_;
+  int n_;
   int zero_point_;
   float2 base_;
   int2 sum_;
@@ -191,6 +206,7 @@ void ForPromotion(const WeightView& weights, Body&& body) {
 
 // The launchers of the single kernels; LaunchMatMul chooses among them.
 void LaunchStream(const Device& device, const MatMulArguments& args, const Plan& plan, Stream stream);
+void LaunchStreamDynamic(const MatMulArguments& args, const DynamicMatMulCall& call, const Plan& plan, Stream stream);
 void LaunchWarpgroup(const Device& device, const MatMulArguments& args, const Plan& plan, Stream stream);
 void LaunchTile(const Device& device, const MatMulArguments& args, Stream stream);
 void LaunchReference(const Device& device, const MatMulArguments& args, Stream stream);

@@ -37,9 +37,10 @@ struct Device {
   int shared_per_multiprocessor = 0;
 
   int clusters[9] = {};  ///< see plan::DeviceLimits; zeros before sm_90
+  int block_clocks = 0;  ///< likewise
 
   plan::DeviceLimits Limits() const {
-    plan::DeviceLimits limits{multiprocessors, max_shared_bytes, shared_per_multiprocessor, {}};
+    plan::DeviceLimits limits{multiprocessors, max_shared_bytes, shared_per_multiprocessor, {}, block_clocks};
     for (int size = 1; size <= 8; ++size) limits.clusters[size] = clusters[size];
     return limits;
   }
@@ -102,12 +103,14 @@ class PackedWeights {
   WeightView view_;
 };
 
+inline constexpr int kDynamicZeroPoint = 128;  ///< of activations that are quantized per token
+
 /// The operands of one product; device memory.
 struct MatMulCall {
   const uint8_t* a = nullptr;      ///< [m, k]
   const float* a_scale = nullptr;  ///< [1], or [m] where per_token
   bool per_token = false;
-  const uint8_t* a_zero_point = nullptr;  ///< [1]
+  const uint8_t* a_zero_point = nullptr;  ///< [1]; null: kDynamicZeroPoint
   int64_t m = 0;
   void* y = nullptr;  ///< T [m, n]
 };
@@ -129,6 +132,24 @@ Plan ChoosePlan(const Device& device, const WeightView& weights, int64_t m, bool
 /// Y = A * B. Nothing is launched for m = 0.
 void LaunchMatMul(const Device& device, const WeightView& weights, const MatMulCall& call, Stream stream,
                   const Plan& wanted = {});
+
+/// Operands of one product whose activations are float, quantized per token on the way; device memory.
+struct DynamicMatMulCall {
+  const void* x = nullptr;  ///< T [m, k]
+  int64_t m = 0;
+  void* y = nullptr;  ///< T [m, n]
+  // Workspace, not touched where QuantizesInside.
+  uint8_t* q = nullptr;    ///< [m, k]
+  float* scale = nullptr;  ///< [m]
+};
+
+/// Whether one kernel quantizes and multiplies, without workspace.
+bool QuantizesInside(const Device& device, const WeightView& weights, const DynamicMatMulCall& call,
+                     const Plan& wanted = {});
+
+/// LaunchDynamicQuantize and LaunchMatMul in one, with the same results.
+void LaunchDynamicMatMul(const Device& device, const WeightView& weights, const DynamicMatMulCall& call, Stream stream,
+                         const Plan& wanted = {});
 
 /// fptq.DynamicQuantizePerToken: x T [m, k] -> q uint8 [m, k] and scale float32 [m].
 void LaunchDynamicQuantize(const Device& device, DataType type, const void* x, int64_t m, int64_t k, uint8_t* q,

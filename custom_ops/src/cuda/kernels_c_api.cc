@@ -80,6 +80,22 @@ int fptq_w4a8_matmul(const FptqWeights* weights, const void* a, const void* a_sc
   });
 }
 
+int fptq_dynamic_w4a8_matmul(const FptqWeights* weights, const void* x, int64_t m, void* y, void* q, void* scale,
+                             const FptqMatMulOptions* options, void* stream) {
+  return Guarded([&] {
+    const fptq::cuda::DynamicMatMulCall call = {x, m, y, static_cast<uint8_t*>(q), static_cast<float*>(scale)};
+    fptq::cuda::LaunchDynamicMatMul(weights->packed->device(), weights->packed->view(), call,
+                                    static_cast<Stream>(stream), ToPlan(options));
+  });
+}
+
+int fptq_quantizes_inside(const FptqWeights* weights, const void* x, int64_t m, int32_t* inside) {
+  return Guarded([&] {
+    const fptq::cuda::DynamicMatMulCall call = {x, m, nullptr, nullptr, nullptr};
+    *inside = fptq::cuda::QuantizesInside(weights->packed->device(), weights->packed->view(), call) ? 1 : 0;
+  });
+}
+
 int fptq_describe_plan(const FptqWeights* weights, int64_t m, FptqMatMulOptions* chosen) {
   return Guarded([&] {
     const fptq::cuda::WeightView& view = weights->packed->view();

@@ -45,6 +45,11 @@ FPTQ_EXPORT int32_t fptq_weights_integer_scales(const FptqWeights* weights);  //
 FPTQ_EXPORT int fptq_w4a8_matmul(const FptqWeights* weights, const void* a, const void* a_scale, int32_t per_token,
                                  const void* a_zero_point, int64_t m, void* y, const FptqMatMulOptions* options,
                                  void* stream);
+// y[m, n] = the same of x: dtype [m, k], quantized per token on the way. q: uint8 [m, k] and scale: float32 [m] are
+// workspace, and may be NULL where fptq_quantizes_inside.
+FPTQ_EXPORT int fptq_dynamic_w4a8_matmul(const FptqWeights* weights, const void* x, int64_t m, void* y, void* q,
+                                         void* scale, const FptqMatMulOptions* options, void* stream);
+FPTQ_EXPORT int fptq_quantizes_inside(const FptqWeights* weights, const void* x, int64_t m, int32_t* inside);
 // What "chosen" resolves to on the current device for m rows (kernel, tile_m, tile_n, split_k, stages, loader).
 FPTQ_EXPORT int fptq_describe_plan(const FptqWeights* weights, int64_t m, FptqMatMulOptions* chosen);
 

@@ -19,6 +19,11 @@ int64_t StreamRows(const WeightView& weights) {
   return bytes <= 3 << 19 ? 64 : bytes <= 10 << 20 ? 32 : 16;
 }
 
+plan::StreamScales ScalesOf(const WeightView& weights) {
+  const bool is_float = weights.encoding == Encoding::kFloat && weights.layout.promotion_k == kBlockK;
+  return {is_float || weights.encoding == Encoding::kInteger, is_float};
+}
+
 Device Query(int index) {
   Device device;
   device.index = index;
@@ -38,6 +43,15 @@ Device Query(int index) {
                                            cudaEnableDefault, &result),
           "cudaGetDriverEntryPointByVersion");
     for (int size = 1; size <= 8; ++size) device.clusters[size] = MaxActiveClusters(device, size);
+    int clock_khz = 0, memory_khz = 0, bus_bits = 0;
+    Check(cudaDeviceGetAttribute(&clock_khz, cudaDevAttrClockRate, index), "cudaDeviceGetAttribute");
+    Check(cudaDeviceGetAttribute(&memory_khz, cudaDevAttrMemoryClockRate, index), "cudaDeviceGetAttribute");
+    Check(cudaDeviceGetAttribute(&bus_bits, cudaDevAttrGlobalMemoryBusWidth, index), "cudaDeviceGetAttribute");
+    const double bytes_per_ms = memory_khz * 2.0 * bus_bits / 8;  // two transfers a clock
+    const double block_bytes = kBlockBytes + kStripN * 2;         // with scales of 16 bits
+    // A driver that does not tell leaves an H200's.
+    device.block_clocks =
+        bytes_per_ms > 0 ? static_cast<int>(block_bytes * device.multiprocessors * clock_khz / bytes_per_ms) : 224;
   }
   return device;
 }
@@ -88,9 +102,7 @@ Plan ChoosePlan(const Device& device, const WeightView& weights, int64_t m, bool
   const auto choose_stream = [&] {
     plan.kernel = Kernel::kStream;
     plan.loader = Loader::kBulk;
-    const bool is_float = weights.encoding == Encoding::kFloat && layout.promotion_k == kBlockK;
-    const plan::StreamScales scales = {is_float || weights.encoding == Encoding::kInteger, is_float};
-    plan.config = plan::ChooseStream(device.Limits(), layout, scales, m, wanted.config);
+    plan.config = plan::ChooseStream(device.Limits(), layout, ScalesOf(weights), m, wanted.config);
     return plan.config.stages > 0;
   };
   const auto choose_warpgroup = [&] {
@@ -139,6 +151,55 @@ void LaunchMatMul(const Device& device, const WeightView& weights, const MatMulC
     default:
       return LaunchReference(device, args, stream);
   }
+}
+
+namespace {
+
+/// The plan of one kernel that quantizes and multiplies; kReference where there is none.
+Plan ChooseDynamicPlan(const Device& device, const WeightView& weights, const DynamicMatMulCall& call,
+                       const Plan& wanted) {
+  const packing::Layout& layout = weights.layout;
+  const bool aligned = layout.k % 16 == 0 && reinterpret_cast<uintptr_t>(call.x) % 16 == 0;
+  const bool can = aligned && device.HasBulkCopies() && layout.promotion_k != 0 && weights.encoding != Encoding::kInt8;
+  Plan plan;
+  plan.kernel = Kernel::kReference;
+  if (!can || call.m > plan::kMaxQuantizedTokens) return plan;
+  plan = ChoosePlan(device, weights, call.m, true, wanted);
+  const int value_bytes = weights.type == DataType::kFloat32 ? 4 : 2;
+  const bool quantizes = plan.kernel == Kernel::kStream && plan.loader == Loader::kBulk &&
+                         plan.config.tile_m == plan::kQuantizingTile &&
+                         plan::StreamQuantizes(plan.config, layout, ScalesOf(weights), call.m, value_bytes);
+  if (!quantizes) plan.kernel = Kernel::kReference;
+  return plan;
+}
+
+}  // namespace
+
+bool QuantizesInside(const Device& device, const WeightView& weights, const DynamicMatMulCall& call,
+                     const Plan& wanted) {
+  return call.m == 0 || ChooseDynamicPlan(device, weights, call, wanted).kernel == Kernel::kStream;
+}
+
+void LaunchDynamicMatMul(const Device& device, const WeightView& weights, const DynamicMatMulCall& call, Stream stream,
+                         const Plan& wanted) {
+  if (call.m == 0) return;
+  MatMulCall product;
+  product.a = call.q;
+  product.a_scale = call.scale;
+  product.per_token = true;
+  product.m = call.m;
+  product.y = call.y;
+  const Plan plan = ChooseDynamicPlan(device, weights, call, wanted);
+  if (plan.kernel == Kernel::kStream) {
+    MatMulArguments args = {};
+    args.weights = weights;
+    args.call = product;
+    args.split = plan.config.split_k;
+    args.stages = plan.config.stages;
+    return LaunchStreamDynamic(args, call, plan, stream);
+  }
+  LaunchDynamicQuantize(device, weights.type, call.x, call.m, weights.layout.k, call.q, call.scale, stream);
+  LaunchMatMul(device, weights, product, stream, wanted);
 }
 
 }  // namespace fptq::cuda

@@ -27,8 +27,8 @@ class MmaSums {
     tile_offset_[0] = packing::SwizzledOffset(lane % 8, lane / 8);
     tile_offset_[1] = packing::SwizzledOffset(lane % 8, 4 + lane / 8);
     // Few tokens: kept, since computing them anew for every block takes issue slots, which are what a block's time is
-    // made of. Many tokens have no registers left for it.
-    if constexpr (kTokens <= 16) {
+    // made of. Many tokens have no registers left for it, nor have 16 with integer scales and two strips.
+    if constexpr (kTokens < 16 || (kTokens == 16 && (kFloat || kStrips == 1))) {
       ptx::Keep(word_offset_), ptx::Keep(scale_offset_), ptx::Keep(tile_offset_[0]), ptx::Keep(tile_offset_[1]);
     }
   }

@@ -124,11 +124,11 @@ __device__ __forceinline__ uint64_t EvictLastPolicy() {
   return policy;
 }
 /// `bytes` contiguous bytes (multiple of 16, aligned to 16) to shared memory, counted by `barrier`.
-__device__ __forceinline__ void BulkCopy(void* shared, const void* global, uint32_t bytes, uint64_t* barrier,
+__device__ __forceinline__ void BulkCopy(uint32_t shared, const void* global, uint32_t bytes, uint64_t* barrier,
                                          uint64_t policy) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
-          "r"(SharedAddress(shared)),
+          "r"(shared),
       "l"(global), "r"(bytes), "r"(SharedAddress(barrier)), "l"(policy)
       : "memory");
 }
@@ -137,11 +137,11 @@ __device__ __forceinline__ void BulkPrefetch(const void* global, uint32_t bytes)
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
 }
 /// The box at (x, y) of a two-dimensional tensor map; the part outside the tensor arrives as zeros and is counted.
-__device__ __forceinline__ void BulkCopyTile(void* shared, const CUtensorMap* map, int x, int y, uint64_t* barrier,
+__device__ __forceinline__ void BulkCopyTile(uint32_t shared, const CUtensorMap* map, int x, int y, uint64_t* barrier,
                                              uint64_t policy) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
-      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(SharedAddress(shared)),
+      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared),
       "l"(map), "r"(x), "r"(y), "r"(SharedAddress(barrier)), "l"(policy)
       : "memory");
 }
@@ -170,7 +170,19 @@ __device__ __forceinline__ void ClusterArriveRelaxed() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void ClusterWait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-/// Two words to the shared memory of CTA `rank`, counted there by the barrier at the same place as `barrier` here.
+/// One word to the shared memory of CTA `rank`, counted there by the barrier at the same place as `barrier` here.
+__device__ __forceinline__ void StoreClusterAsync(uint32_t shared, uint32_t value, uint64_t* barrier, uint32_t rank) {
+  asm volatile(
+      "{\n"
+      ".reg .u32 remote, counted;\n"
+      "mapa.shared::cluster.u32 remote, %0, %3;\n"
+      "mapa.shared::cluster.u32 counted, %2, %3;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [remote], %1, [counted];\n"
+      "}" ::"r"(shared),
+      "r"(value), "r"(SharedAddress(barrier)), "r"(rank)
+      : "memory");
+}
+/// The same for two words.
 __device__ __forceinline__ void StoreClusterAsync(uint32_t shared, uint2 value, uint64_t* barrier, uint32_t rank) {
   asm volatile(
       "{\n"

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "cuda/common.cuh"
+#include "fptq/quantization.h"
 
 namespace fptq::cuda {
 
@@ -18,34 +19,30 @@ struct alignas(sizeof(T) == 4 ? 16 : 8 * sizeof(T)) Vector {
   T values[kVector];
 };
 
-/// round_half_even(x / scale) + 128, clamped to 1..255, exactly as division gives it: the reciprocal's error can move
-/// the quotient over a rounding boundary only near one, and there the division is carried out. Adding 1.5 * 2^23 rounds
-/// to an integer and leaves it in the low bits: conversion instructions have a quarter of the rate or less.
+/// round_half_even(x / scale) + 128 in 1..255. Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits:
+/// conversion instructions have a quarter of the rate or less. No branch that values take differently, and little code:
+/// it is cold wherever a kernel begins with it.
 class Quantizer {
  public:
-  __device__ explicit Quantizer(float scale)
-      : scale_(scale), reciprocal_(1.0f / scale), exact_only_(!(reciprocal_ <= 1e30f && reciprocal_ >= 1e-30f)) {}
+  __device__ explicit Quantizer(float scale) : divide_(scale) {}
 
   /// kCount values to as many bytes, four in a word.
   template <int kCount>
   __device__ void operator()(const float (&x)[kCount], uint32_t (&words)[kCount / 4]) const {
-    float shifted[kCount];
-    float distance = 0;  // largest one to the nearest integer
+    float values[kCount];
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const float quotient = x[i] * reciprocal_;
-      shifted[i] = quotient + kShift;
-      distance = fmaxf(distance, fabsf(quotient - (shifted[i] - kShift)));
-    }
-    if (exact_only_ || distance > 0.4999f) {
+    for (int i = 0; i < kCount; ++i) values[i] = x[i];
+    if (divide_.Rescales()) {
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) shifted[i] = fminf(fmaxf(x[i] / scale_, -127.0f), 127.0f) + kShift;
+      for (int i = 0; i < kCount; ++i) values[i] = divide_.Prepare(values[i]);
     }
+    uint32_t shifted[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) shifted[i] = __float_as_uint(divide_(values[i]) + 12582912.0f);
 #pragma unroll
     for (int w = 0; w < kCount / 4; ++w) {
-      const uint32_t low = __byte_perm(__float_as_uint(shifted[4 * w]), __float_as_uint(shifted[4 * w + 1]), 0x0040);
-      const uint32_t high =
-          __byte_perm(__float_as_uint(shifted[4 * w + 2]), __float_as_uint(shifted[4 * w + 3]), 0x0040);
+      const uint32_t low = __byte_perm(shifted[4 * w], shifted[4 * w + 1], 0x0040);
+      const uint32_t high = __byte_perm(shifted[4 * w + 2], shifted[4 * w + 3], 0x0040);
       words[w] = __byte_perm(low, high, 0x5410) ^ kZeroPoints;
     }
   }
@@ -57,9 +54,7 @@ class Quantizer {
   }
 
  private:
-  static constexpr float kShift = 12582912.0f;
-  float scale_, reciprocal_;
-  bool exact_only_;
+  quantization::RowDivision divide_;
 };
 
 /// Largest magnitude of the CTA, as float bits: integer order, and above it infinity and NaN.
@@ -77,11 +72,64 @@ __device__ __forceinline__ uint32_t MagnitudeBits(float x) { return __float_as_u
 /// Scale of a row from its largest magnitude; NaN for a row that holds NaN or infinity.
 __device__ __forceinline__ float RowScale(uint32_t magnitude) {
   if (magnitude >= 0x7F800000u) return __uint_as_float(0x7FC00000u);
-  const float scale = __uint_as_float(magnitude) / 127.0f;
-  return scale == 0.0f ? 1.0f : scale;
+  return quantization::RowScale(__uint_as_float(magnitude));
 }
 
 inline bool Aligned(const void* pointer, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+
+/// Eight neighbouring values as they lie in memory: arrays of 16-bit values would be taken apart into registers each.
+template <class T>
+struct RawVector {
+  static constexpr int kWords = 2 * static_cast<int>(sizeof(T));
+  uint32_t words[kWords];
+
+  /// `x`: aligned to 16 bytes.
+  __device__ static RawVector Load(const T* x) {
+    RawVector vector;
+#pragma unroll
+    for (int w = 0; w < kWords; w += 4) {
+      const uint4 four = reinterpret_cast<const uint4*>(x)[w / 4];
+      vector.words[w] = four.x, vector.words[w + 1] = four.y, vector.words[w + 2] = four.z,
+      vector.words[w + 3] = four.w;
+    }
+    return vector;
+  }
+  /// Raises `magnitude` to those of the values: bits without signs, in integer order; two 16-bit ones apart.
+  __device__ void Raise(uint32_t& magnitude) const {
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      if constexpr (sizeof(T) == 4) {
+        magnitude = max(magnitude, words[w] & 0x7FFFFFFFu);
+      } else {
+        magnitude = __vmaxu2(magnitude, words[w] & 0x7FFF7FFFu);
+      }
+    }
+  }
+  /// What Raise has found, as bits of a float.
+  __device__ static uint32_t Largest(uint32_t magnitude) {
+    if constexpr (sizeof(T) == 4) {
+      return magnitude;
+    } else {
+      const uint32_t bits = max(magnitude & 0xFFFFu, magnitude >> 16);
+      typename Numeric<T>::Pair pair;
+      memcpy(&pair, &bits, 4);
+      return MagnitudeBits(Numeric<T>::ToFloat2(pair).x);
+    }
+  }
+  __device__ void ToFloat(float (&values)[kVector]) const {
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      if constexpr (sizeof(T) == 4) {
+        values[w] = __uint_as_float(words[w]);
+      } else {
+        typename Numeric<T>::Pair pair;
+        memcpy(&pair, &words[w], 4);
+        const float2 two = Numeric<T>::ToFloat2(pair);
+        values[2 * w] = two.x, values[2 * w + 1] = two.y;
+      }
+    }
+  }
+};
 
 /// How a CTA walks a row of k values: `vectors_per_thread` of eight values each, or, if that is 0, single values.
 struct RowShape {

@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kThreads) ReferenceKernel(const __grid_constan
   const int64_t strip = n / kStripN;
   const int channel = static_cast<int>(n % kStripN);
   const bool is_integer = w.encoding == Encoding::kInteger;
-  const int zero_point = *args.call.a_zero_point;
+  const int zero_point = ZeroPointOf(args.call);
   for (int64_t m = blockIdx.y; m < args.call.m; m += gridDim.y) {
     const uint8_t* a = args.call.a + m * layout.k;
     float sum = 0;

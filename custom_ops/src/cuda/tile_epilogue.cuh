@@ -26,7 +26,7 @@ class TileEpilogue {
     scale_ = call.a_scale + (per_token_ ? first_row + offset : 0);
     row_bytes_ = channels * sizeof(T);
     y_ = static_cast<uint8_t*>(call.y) + (first_row + offset) * row_bytes_ + n * sizeof(T);
-    zero_point_ = *call.a_zero_point;
+    zero_point_ = ZeroPointOf(call);
     if (rows_ <= 0) return;
     base_ = *reinterpret_cast<const float2*>(args.weights.column_base + n);
     if (kEncoding == Encoding::kInteger) sum_ = *reinterpret_cast<const int2*>(args.weights.column_sum + n);

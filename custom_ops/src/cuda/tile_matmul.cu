@@ -123,7 +123,8 @@ __global__ void __launch_bounds__(kStrips* kGroupThreads) TileKernel(const __gri
   const int thread = static_cast<int>(threadIdx.x) % kGroupThreads;
   const int64_t n = int64_t{work.first_strip + strip} * kStripN + packing::ThreadChannel(thread);
   if (n >= layout.n) return;
-  const Epilogue<T, EncodingOf(kPromotion)> epilogue(args, n);
+  Epilogue<T, EncodingOf(kPromotion)> epilogue(args, n);
+  epilogue.ReadZeroPoint();
 #pragma unroll
   for (int q = 0; q < kTokens / 4; ++q) {
     const int64_t m = work.first_row + q / 2 * 8 + thread % 4 * 2 + q % 2;

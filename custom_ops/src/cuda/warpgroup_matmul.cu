@@ -34,12 +34,13 @@ __device__ __forceinline__ void Produce(const WarpgroupCta<Shape>& cta, const CU
       ptx::BarrierWait(cta.empty + at.stage, at.parity ^ 1);
       ptx::BarrierArriveExpect(full, (brings_activations ? Shape::kTileBytes : 0) + (brings_weights ? stride : 0));
       if (brings_weights) {
-        ptx::BulkCopy(cta.shared + cta.memory.weights + (at.stage * Shape::kTileStrips + warp) * stride, from,
-                      static_cast<uint32_t>(stride), full, policy);
+        ptx::BulkCopy(
+            ptx::SharedAddress(cta.shared + cta.memory.weights + (at.stage * Shape::kTileStrips + warp) * stride), from,
+            static_cast<uint32_t>(stride), full, policy);
       }
       if (brings_activations) {
-        ptx::BulkCopyTile(cta.shared + at.stage * Shape::kTileBytes, &map, block * kBlockK, tile.m * Shape::kTokens,
-                          full, policy);
+        ptx::BulkCopyTile(ptx::SharedAddress(cta.shared + at.stage * Shape::kTileBytes), &map, block * kBlockK,
+                          tile.m * Shape::kTokens, full, policy);
       }
       from += stride;
       at.Advance(cta.args.stages);

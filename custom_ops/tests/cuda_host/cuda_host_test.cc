@@ -14,6 +14,7 @@
 
 #include "fptq/integer_scales.h"
 #include "fptq/packing.h"
+#include "fptq/quantization.h"
 #include "fptq/tile_plan.h"
 
 namespace {
@@ -369,8 +370,43 @@ void CheckStreamExchange(int tokens, plan::StreamForm form, int split, int parts
   EXPECT(outputs.size() == static_cast<size_t>(pairs), "%d tokens, split %d, %d parts", tokens, split, parts);
 }
 
+/// Where the streaming kernel quantizes: every vector of every token belongs to one thread, which can keep it, and
+/// every warp of every CTA has a place of its own for the magnitude it finds.
+void CheckStreamQuantization(const Layout& layout, const plan::Config& config, int tokens, int value_bytes) {
+  const int threads = plan::StreamGroups(config.form) * kGroupThreads;
+  const int log_slices = plan::StreamLogSlices(config.form, tokens);
+  const int log_split = plan::LogOfPower(config.split_k);
+  const int share = static_cast<int>(CeilDiv(layout.k_blocks, config.split_k));
+  const int vectors = share * kBlockK / 8;
+  const int held = plan::StreamHeldVectors(config.form, value_bytes);
+  const auto memory =
+      plan::StreamMemory::Of(config.tile_m, config.form, share, config.stages, config.inboxes, layout.block_stride);
+  std::vector<int> visits(static_cast<size_t>(tokens * vectors), 0);
+  std::set<int> places;
+  for (int thread = 0; thread < threads; ++thread) {
+    const auto slice = plan::StreamSlice::Of(thread, log_slices);
+    if (slice.token >= tokens) continue;
+    for (int j = 0; j < held; ++j) {
+      const int at = slice.begin + j * slice.stride;
+      if (at < vectors) ++visits[static_cast<size_t>(slice.token * vectors + at)];
+    }
+    if (thread % 32 != 0) continue;
+    for (int rank = 0; rank < config.split_k; ++rank) {
+      const int place = slice.Place(rank, log_split);
+      EXPECT(place >> (log_slices + log_split) == slice.token, "place %d of token %d", place, slice.token);
+      EXPECT(memory.exchange + (place + 1) * 4 <= memory.barriers, "place %d is beyond the exchange", place);
+      EXPECT(places.insert(place).second, "two warps write place %d", place);
+    }
+  }
+  EXPECT(places.size() == static_cast<size_t>(tokens) << (log_slices + log_split), "%d places are waited for, not %d",
+         tokens << (log_slices + log_split), static_cast<int>(places.size()));
+  EXPECT(std::all_of(visits.begin(), visits.end(), [](int v) { return v == 1; }), "%d tokens, %d vectors, %d held",
+         tokens, vectors, held);
+}
+
 void TestStreamPlan() {
-  const plan::DeviceLimits h200{132, 227 * 1024, 228 * 1024, {0, 132, 66, 0, 30, 0, 0, 0, 14}};
+  int quantizing = 0;
+  const plan::DeviceLimits h200{132, 227 * 1024, 228 * 1024, {0, 132, 66, 0, 30, 0, 0, 0, 14}, 224};
   for (int64_t k : {16, 128, 400, 576, 1536, 4096, 14336, 28672}) {
     for (int64_t n : {1, 64, 200, 960, 4096, 6144, 14336, 28672}) {
       for (int64_t m : {1, 8, 9, 16, 17, 32, 33, 64}) {
@@ -399,11 +435,22 @@ void TestStreamPlan() {
             EXPECT(config.parts >= 1 && groups % config.parts == 0, "%d parts of %d groups", config.parts, groups);
             EXPECT(config.clusters <= h200.clusters[config.split_k], "%d clusters", config.clusters);
             if (m == 1 || m == 9 || m == 33) CheckStreamSchedule(layout, config);
+            EXPECT(memory.scales + config.tile_m * 4 <= memory.exchange, "scales");
+            for (const int value_bytes : {2, 4}) {
+              for (int tokens = 1; tokens <= m && tokens <= 8; ++tokens) {
+                if (!plan::StreamQuantizes(config, layout, scales, tokens, value_bytes)) continue;
+                ++quantizing;
+                if (config.tile_m == plan::kQuantizingTile) {
+                  CheckStreamQuantization(layout, config, tokens, value_bytes);
+                }
+              }
+            }
           }
         }
       }
     }
   }
+  EXPECT(quantizing > 0, "no plan quantizes");
   for (int tokens : {8, 16, 32, 64}) {
     for (int split : {2, 4, 8}) {
       for (const plan::StreamForm form : plan::kStreamForms) {
@@ -455,7 +502,7 @@ void TestWarpgroupPlan() {
     for (int split = 2; split <= 8; ++split) CheckSplitExchange(tokens, split);
   }
   EXPECT(plan::SplitExchange::Of(64, 1).InboxBytes(256) == 0, "a tile that is not split has an inbox");
-  const plan::DeviceLimits h200{132, 227 * 1024, 228 * 1024, {0, 132, 66, 40, 30, 24, 20, 16, 14}};
+  const plan::DeviceLimits h200{132, 227 * 1024, 228 * 1024, {0, 132, 66, 40, 30, 24, 20, 16, 14}, 224};
   for (int64_t k : {16, 128, 4096, 28672}) {
     for (int64_t n : {1, 200, 4096, 28672}) {
       for (int64_t m : {1, 64, 65, 128, 256, 1024, 8192}) {
@@ -552,6 +599,33 @@ void TestIntegerScales() {
 
 }  // namespace
 
+/// Scales and quotients of activations are those of the division instruction, next to rounding borders too.
+void TestDivision() {
+  std::mt19937 random(11);
+  std::uniform_real_distribution<float> unit(0.0f, 1.0f);
+  for (int exponent = -149; exponent <= 127; ++exponent) {
+    for (int i = 0; i < 300; ++i) {
+      const float largest = std::ldexp(1.0f + unit(random), exponent);
+      if (largest == 0.0f || !std::isfinite(largest)) continue;
+      const float scale = quantization::RowScale(largest);
+      const float plain = largest / 127.0f;
+      EXPECT(scale == (plain == 0.0f ? 1.0f : plain), "scale of %a", largest);
+      const quantization::RowDivision divide(scale);
+      for (int j = 0; j < 20; ++j) {
+        float x = largest * unit(random);
+        if (j % 2 == 0) {  // next to a border between two integers
+          x = std::min(largest, (static_cast<float>(random() % 127) + 0.5f) * scale);
+          if (j % 4 == 0) x = std::nextafterf(x, 0.0f);
+        }
+        if (random() % 2 == 0) x = -x;
+        const float expected = std::nearbyintf(std::min(std::max(x / scale, -127.0f), 127.0f));
+        const float got = std::nearbyintf(divide(divide.Rescales() ? divide.Prepare(x) : x));
+        EXPECT(got == expected, "%a / %a: %g, not %g", x, scale, got, expected);
+      }
+    }
+  }
+}
+
 int main() {
   TestFragmentMap();
   TestUnpacking();
@@ -562,6 +636,7 @@ int main() {
   TestWarpgroupPlan();
   TestInt8Packing();
   TestIntegerScales();
+  TestDivision();
   if (failures == 0) std::printf("all passed\n");
   return failures == 0 ? 0 : 1;
 }

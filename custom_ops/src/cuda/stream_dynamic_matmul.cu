@@ -1,0 +1,36 @@
+// Small M on sm_90 and newer: float activations, quantized per token by the kernel that multiplies them.
+
+#include "cuda/stream_kernel.cuh"
+
+namespace fptq::cuda {
+namespace {
+
+template <class T, Promotion kPromotion>
+void LaunchOf(const MatMulArguments& args, const DynamicMatMulCall& call, const Plan& plan, Stream stream) {
+  ForStreamForm<kPromotion, plan::kQuantizingTile>(plan.config.form, [&](auto tokens, auto form) {
+    constexpr plan::StreamForm kForm = decltype(form)::value;
+    if constexpr (plan::HasQuantizingForm(kForm, kScalesOf<kPromotion>)) {
+      FloatActivations source;
+      source.x = call.x;
+      source.log_slices = plan::StreamLogSlices(kForm, static_cast<int>(call.m));
+      LaunchStreamKernel<T, kPromotion, decltype(tokens)::value, kForm>(args, source, plan, stream);
+    } else {
+      throw CudaError("the streaming kernel has no such form that quantizes");
+    }
+  });
+}
+
+}  // namespace
+
+void LaunchStreamDynamic(const MatMulArguments& args, const DynamicMatMulCall& call, const Plan& plan, Stream stream) {
+  ForType(args.weights.type, [&](auto zero) {
+    using T = decltype(zero);
+    if (args.weights.encoding == Encoding::kInteger) {
+      return LaunchOf<T, Promotion::kInteger>(args, call, plan, stream);
+    }
+    if (args.weights.layout.promotion_k == kBlockK) return LaunchOf<T, Promotion::kBlock>(args, call, plan, stream);
+    LaunchOf<T, Promotion::kStep>(args, call, plan, stream);
+  });
+}
+
+}  // namespace fptq::cuda

@@ -195,16 +195,12 @@ class WarpgroupConsumer {
       }
     } else if constexpr (kInteger) {
       const packing::Layout& layout = cta_.args.weights.layout;
-      packing::SpreadScales scales = packing::Spread(Scales<uint32_t>(strip, 0));
-      uint4 words;
-#pragma unroll
-      for (int step = 0; step < kStepsPerBlock; ++step) {
-        if (step > 0 && layout.promotion_k != kBlockK) {
-          scales = packing::Spread(Scales<uint32_t>(strip, layout.ScaleRowOfStep(step)));
-        }
-        if (step % 2 == 0) words = Words(strip, step / 2);
-        fragments[step] = step % 2 == 0 ? packing::UnpackInteger(words.x, words.y, scales)
-                                        : packing::UnpackInteger(words.z, words.w, scales);
+      // One multiplier per channel and block: a straight piece of code, whose steps run side by side. (With two strips,
+      // the longer loop costs more than that brings.)
+      if (kStrips == 1 && layout.promotion_k == kBlockK) {
+        UnpackMultiples<true>(fragments, strip);
+      } else {
+        UnpackMultiples<false>(fragments, strip);
       }
     } else {
       scales_[kSet] = Scales<Pair>(strip, 0);
@@ -217,6 +213,27 @@ class WarpgroupConsumer {
     }
 #pragma unroll
     for (int step = 0; step < kStepsPerBlock; ++step) wgmma::Pin(fragments[step].a);
+  }
+
+  /// Integer-structured scales; `kWhole`: one multiplier per channel and block, everything is read first.
+  template <bool kWhole>
+  __device__ __forceinline__ void UnpackMultiples(packing::Fragment (&fragments)[kStepsPerBlock], int strip) {
+    const packing::Layout& layout = cta_.args.weights.layout;
+    packing::SpreadScales scales = packing::Spread(Scales<uint32_t>(strip, 0));
+    uint4 words[2];
+    if constexpr (kWhole) words[0] = Words(strip, 0), words[1] = Words(strip, 1);
+#pragma unroll
+    for (int step = 0; step < kStepsPerBlock; ++step) {
+      if constexpr (!kWhole) {
+        if (step > 0 && layout.promotion_k != kBlockK) {
+          scales = packing::Spread(Scales<uint32_t>(strip, layout.ScaleRowOfStep(step)));
+        }
+        if (step % 2 == 0) words[step / 2] = Words(strip, step / 2);
+      }
+      const uint4& four = words[step / 2];
+      fragments[step] = step % 2 == 0 ? packing::UnpackInteger(four.x, four.y, scales)
+                                      : packing::UnpackInteger(four.z, four.w, scales);
+    }
   }
 
   /// Float scales of groups of 32 or 64: one group at a time.

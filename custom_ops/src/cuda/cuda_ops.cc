@@ -5,10 +5,12 @@
 #include <vector>
 
 #include "common/dynamic_quantize_per_token_schema.h"
+#include "common/dynamic_quantize_w4a8_matmul_schema.h"
 #include "common/fused_quantize_schema.h"
 #include "common/w4a8_matmul_schema.h"
 #include "common/w8a8_matmul_schema.h"
 #include "cuda/kernels.h"
+#include "cuda/workspace.h"
 
 namespace fptq::cuda {
 namespace {
@@ -98,6 +100,59 @@ class MatMulKernel {
 };
 
 template <ONNXTensorElementDataType kType>
+class DynamicQuantizeW4A8MatMulKernel {
+ public:
+  static constexpr const char* kProvider = kCudaProvider;
+
+  /// As of W4A8MatMul.
+  static OrtMemType InputMemoryType(size_t index) {
+    return index == kDynamicInputX ? OrtMemTypeDefault : OrtMemTypeCPUInput;
+  }
+
+  explicit DynamicQuantizeW4A8MatMulKernel(Ort::ConstKernelInfo info) : node_(ReadDynamicQuantizeW4A8MatMul(info)) {
+    NamingNode(node_.location, [&] {
+      const DeviceGuard guard(DeviceOf(info));
+      weights_ = Pack(node_, TypeOf(kType));
+    });
+    node_.b = nullptr;
+    node_.b_scale = nullptr;
+  }
+
+  void Compute(Ort::KernelContext context) {
+    const Ort::ConstValue x = context.GetInput(kDynamicInputX);
+    const MatMulShapes shapes = CheckDynamicMatMulShapes(node_, x.GetTensorTypeAndShapeInfo().GetShape());
+    Ort::UnownedValue y = context.GetOutput(0, shapes.shape);
+    if (shapes.rows == 0) return;
+    DynamicMatMulCall call;
+    call.x = x.GetTensorRawData();
+    call.m = shapes.rows;
+    call.y = y.GetTensorMutableRawData();
+    NamingNode(node_.location, [&] {
+      const DeviceGuard guard(weights_->device().index);
+      const Stream stream = StreamOf(context);
+      if (QuantizesInside(weights_->device(), weights_->view(), call)) {
+        LaunchDynamicMatMul(weights_->device(), weights_->view(), call, stream);
+        return;
+      }
+      const int64_t q_bytes = (call.m * node_.k + kAlignment - 1) / kAlignment * kAlignment;
+      const int64_t scale_bytes = call.m * static_cast<int64_t>(sizeof(float));
+      workspaces_.Of(stream).Use(stream, q_bytes + scale_bytes, [&](uint8_t* data) {
+        call.q = data;
+        call.scale = reinterpret_cast<float*>(data + q_bytes);
+        LaunchDynamicMatMul(weights_->device(), weights_->view(), call, stream);
+      });
+    });
+  }
+
+ private:
+  static constexpr int64_t kAlignment = 256;
+
+  W4A8MatMulNode node_;
+  std::unique_ptr<PackedWeights> weights_;
+  Workspaces workspaces_;
+};
+
+template <ONNXTensorElementDataType kType>
 class DynamicQuantizePerTokenKernel {
  public:
   static constexpr const char* kProvider = kCudaProvider;
@@ -175,6 +230,7 @@ template <ONNXTensorElementDataType kType>
 void AddType(OpRegistry& registry) {
   registry.Add<W4A8MatMulOp<MatMulKernel<W4A8MatMulNode, kType>, kType>>();
   registry.Add<W8A8MatMulOp<MatMulKernel<W8A8MatMulNode, kType>, kType>>();
+  registry.Add<DynamicQuantizeW4A8MatMulOp<DynamicQuantizeW4A8MatMulKernel<kType>, kType>>();
   registry.Add<DynamicQuantizePerTokenOp<DynamicQuantizePerTokenKernel<kType>, kType>>();
   AddFused<kRmsNormQuantize, kType>(registry);
   AddFused<kRmsNormDynamicQuantize, kType>(registry);

@@ -5,10 +5,10 @@ from __future__ import annotations
 __all__ = ["LayerIndex", "index_layers", "phase_profile"]
 
 import contextlib
+import dataclasses
 import json
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
@@ -28,7 +28,7 @@ _PRODUCTS = (*_INT4_PRODUCTS, w8a8_matmul.NAME)
 _CUDA = "CUDAExecutionProvider"
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class LayerIndex:
     """What the graph and the report beside it say about nodes.
 
@@ -126,9 +126,8 @@ def _kernel(node: NodeTime, origin: str, index: LayerIndex, provider: Provider) 
     on_cuda = node.provider == _CUDA and provider == "cuda"
     if on_cuda and node.op not in _INT4_PRODUCTS:
         return None
-    at_rows = Product(node.rows, product.k, product.n, product.block_size, product.integer_scales, product.float_bytes)
     try:
-        return kernel_name(at_rows, 0 if on_cuda else None)
+        return kernel_name(dataclasses.replace(product, rows=node.rows), 0 if on_cuda else None)
     except RuntimeUnavailableError:
         return None
 
@@ -145,4 +144,5 @@ def _product(node: ir.Node) -> Product | None:
         node.attributes.get_int("block_size", k),
         node.attributes.get_int("scale_max_multiple", 0) > 0,
         int(scale.dtype.itemsize),
+        node.op_type == dynamic_quantize_w4a8_matmul.NAME,
     )

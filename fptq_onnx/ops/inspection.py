@@ -83,6 +83,7 @@ class Product:
         block_size: Rows of B per scale.
         integer_scales: Whether the scales are integer-structured (attribute `scale_max_multiple`).
         float_bytes: Bytes of one scale: 4 for float32, 2 for float16 and bfloat16.
+        quantizes: Whether it is DynamicQuantizeW4A8MatMul.
     """
 
     rows: int
@@ -91,6 +92,7 @@ class Product:
     block_size: int
     integer_scales: bool
     float_bytes: int
+    quantizes: bool = False
 
 
 class _CProduct(ctypes.Structure):
@@ -100,6 +102,7 @@ class _CProduct(ctypes.Structure):
         ("cuda_device", ctypes.c_int32),
         ("integer_scales", ctypes.c_int32),
         ("float_bytes", ctypes.c_int32),
+        ("quantizes", ctypes.c_int32),
         ("rows", ctypes.c_int64),
         ("k", ctypes.c_int64),
         ("n", ctypes.c_int64),
@@ -145,7 +148,8 @@ def kernel_name(product: Product, cuda_device: int | None = None) -> str:
         cuda_device: Index of the GPU; None for the CPU.
 
     Returns:
-        An instruction set ("avx512vnni") or a CUDA kernel with its tile ("warpgroup 128x256").
+        An instruction set ("avx512vnni") or a CUDA kernel with its tile ("warpgroup 128x256"), and
+        "quantizing" where that kernel quantizes its activations itself.
 
     Raises:
         RuntimeUnavailableError: The library or the device cannot be used.
@@ -156,6 +160,7 @@ def kernel_name(product: Product, cuda_device: int | None = None) -> str:
         -1 if cuda_device is None else cuda_device,
         product.integer_scales,
         product.float_bytes,
+        product.quantizes,
         product.rows,
         product.k,
         product.n,

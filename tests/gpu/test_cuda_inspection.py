@@ -27,5 +27,14 @@ def test_kernel_is_one_that_runs_here(library: str, rows: int, integer: bool) ->
         assert name.split()[0] == ("stream" if rows <= 64 else "warpgroup")
 
 
+@pytest.mark.parametrize("rows", [1, 16, 64, 4096])
+@pytest.mark.parametrize(("k", "n"), [(4096, 4096), (4096, 14336), (576, 1536)])
+def test_kernel_that_quantizes_says_so(library: str, rows: int, k: int, n: int) -> None:
+    """Where it pays; many rows are quantized first."""
+    plain, fused = (kernel_name(Product(rows, k, n, 128, True, 2, quantizes), 0) for quantizes in (False, True))
+    assert fused in (plain, f"{plain} quantizing")
+    assert "quantizing" not in plain and (rows <= 16 or fused == plain)
+
+
 def test_doctor_finds_nothing_broken(library: str) -> None:
     assert not [finding for finding in diagnose(provider="cuda").findings if finding.status == "broken"]

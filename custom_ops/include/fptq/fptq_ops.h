@@ -29,7 +29,8 @@ typedef struct FptqProduct {
   int32_t cuda_device;     ///< index of the GPU, -1 for the CPU kernels
   int32_t integer_scales;  ///< 1 where b_scale is integer-structured (scale_max_multiple) and the kernel verified it
   int32_t float_bytes;     ///< of one element of b_scale and Y: 2 or 4
-  int64_t rows;            ///< of A, all dimensions but the last together
+  int32_t quantizes;       ///< 1 for DynamicQuantizeW4A8MatMul
+  int64_t rows;            ///< of A or X, all dimensions but the last together
   int64_t k, n, block_size;
 } FptqProduct;
 
@@ -40,7 +41,8 @@ typedef struct FptqProduct {
 FPTQ_EXPORT const char* FptqDescribeLibrary(void);
 
 /// Writes the name of the kernel that computes `product` on this machine to `text` (at most `size` bytes with the
-/// terminating zero), such as "avx512vnni" or "warpgroup 128x256". Returns 0; or 1, and `text` holds the reason.
+/// terminating zero), such as "avx512vnni" or "warpgroup 128x256"; "stream 16x64 quantizing" where a CUDA kernel
+/// quantizes the activations itself. Returns 0; or 1, and `text` holds the reason.
 FPTQ_EXPORT int FptqDescribeProduct(const FptqProduct* product, char* text, size_t size);
 
 }  // extern "C"

@@ -63,7 +63,11 @@ std::string DescribeProduct(const FptqProduct& product) {
   const char* name = plan.kernel == Kernel::kWarpgroup ? "warpgroup"
                      : plan.loader == Loader::kAsync   ? "tile"
                                                        : "stream";
-  return std::string(name) + " " + std::to_string(plan.config.tile_m) + "x" + std::to_string(plan.config.tile_n);
+  DynamicMatMulCall call;
+  call.m = product.rows;
+  const bool inside = product.quantizes != 0 && QuantizesInside(device, view, call);
+  return std::string(name) + " " + std::to_string(plan.config.tile_m) + "x" + std::to_string(plan.config.tile_n) +
+         (inside ? " quantizing" : "");
 }
 
 }  // namespace fptq::cuda

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -171,24 +172,24 @@ def test_captured_graphs_replay_with_new_inputs(library, chains, generator):
             assert torch.equal(run_once(eager, x), expected)
 
 
+def check_at_once(sessions, inputs, expected):
+    """Every input on a thread of its own, the sessions in turn; an error in a thread is one here."""
+    start = threading.Barrier(len(inputs))
+
+    def work(index):
+        start.wait()
+        results = [run_once(sessions[index % len(sessions)], inputs[index]) for _ in range(25)]
+        return [torch.equal(result, expected[index]) for result in results]
+
+    with ThreadPoolExecutor(len(inputs)) as pool:
+        assert all(all(equal) for equal in pool.map(work, range(len(inputs))))
+
+
 def test_concurrent_runs_on_one_session(library, chains, generator):
     """Runs on streams of their own; none gets the workspace that another's kernels still read."""
     session, separate = (cuda_session(chain, library=library) for chain in chains)
     inputs = [activations(rows, generator) for rows in (1, 16, 40, 200, 1024, 1024)]
-    expected = [run_once(separate, x) for x in inputs]
-    wrong, start = [], threading.Barrier(len(inputs))
-
-    def work(index):
-        start.wait()
-        results = [run_once(session, inputs[index]) for _ in range(25)]
-        wrong.extend(index for result in results if not torch.equal(result, expected[index]))
-
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(inputs))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    check_at_once([session], inputs, [run_once(separate, x) for x in inputs])
 
 
 def test_concurrent_runs_on_one_stream(library, chains, generator):
@@ -198,20 +199,7 @@ def test_concurrent_runs_on_one_stream(library, chains, generator):
     sessions = [cuda_session(chains[0], library=library, provider_options=options) for _ in range(2)]
     separate = cuda_session(chains[1], library=library)
     inputs = [activations(rows, generator) for rows in (17, 40, 200, 1024)]
-    expected = [run_once(separate, x) for x in inputs]
-    wrong, start = [], threading.Barrier(len(inputs))
-
-    def work(index):
-        start.wait()
-        results = [run_once(sessions[index % 2], inputs[index]) for _ in range(25)]
-        wrong.extend(index for result in results if not torch.equal(result, expected[index]))
-
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(inputs))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    check_at_once(sessions, inputs, [run_once(separate, x) for x in inputs])
 
 
 def test_workspace_is_freed_with_the_last_session(library, generator, tmp_path):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -68,19 +69,15 @@ def test_concurrent_runs_on_one_session(library, chain, generator):
     session = cuda_session(chain, library=library)
     inputs = [buffers(tokens, generator)[0] for tokens in (1, 16, 200, 1024)]
     expected = [run_once(session, x) for x in inputs]
-    wrong, start = [], threading.Barrier(len(inputs))
+    start = threading.Barrier(len(inputs))
 
     def work(index):
         start.wait()
         results = [run_once(session, inputs[index]) for _ in range(25)]
-        wrong.extend(index for result in results if not torch.equal(result, expected[index]))
+        return [torch.equal(result, expected[index]) for result in results]
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(inputs))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    with ThreadPoolExecutor(len(inputs)) as pool:  # hands on a thread's error
+        assert all(all(equal) for equal in pool.map(work, range(len(inputs))))
 
 
 def test_callers_stream(library, chain, generator):

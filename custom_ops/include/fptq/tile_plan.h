@@ -296,13 +296,13 @@ inline Config ChooseStream(const DeviceLimits& device, const packing::Layout& la
                                device.shared_per_cta - room)
         depth += groups;
       if (depth == 0) continue;
-      // Clocks, fitted to measurements of all forms on an H100. A round takes its part of the device's bandwidth, or a
-      // group's own chain of blocks.
+      // Clocks, fitted to measurements of all forms on an H100 and an H200. A round takes its part of the device's
+      // bandwidth, or a group's own chain of blocks.
       const int64_t bandwidth = int64_t{device.block_clocks} * strips * blocks / device.multiprocessors;
-      const bool integers = !scales.is_float;  // they take more instructions
-      int64_t at_once = 200 + 56 * tokens;
-      if (form == StreamForm::kTall) at_once = 1190 + (integers ? 170 * tokens : 0);
-      if (form == StreamForm::kPaired) at_once = 440 + 44 * tokens + (integers ? 530 : 0);
+      const bool integers = !scales.is_float;  // they take more instructions: half of the warps are too few sooner
+      int64_t at_once = 1070;
+      if (form == StreamForm::kTall) at_once = 2090 + (integers ? 60 * tokens : 0);
+      if (form == StreamForm::kPaired) at_once = integers ? 4400 : 900;
       const int64_t chain = packing::CeilDiv(packing::CeilDiv(share, parts), StreamBlocksAtOnce(form)) * at_once;
       const int teams = groups / parts;
       int64_t cost = 0;
@@ -311,12 +311,13 @@ inline Config ChooseStream(const DeviceLimits& device, const packing::Layout& la
         const int64_t arrival = bandwidth * in_round / spans;
         cost += arrival > chain ? arrival : chain;
       }
-      cost += int64_t{44} * share * tokens / 10;  // loading the activations
-      cost += (form == StreamForm::kTall ? 700 : 400) * (rounds - 1);
-      cost += split == 2 ? 0 : split == 4 ? 400 : 580;  // larger clusters
+      cost += int64_t{12} * share * tokens;  // loading the activations
+      cost += (form == StreamForm::kTall ? 300 : 2150) * (rounds - 1);
+      cost += split == 2 ? 0 : split == 4 ? 4000 : 3100;  // larger clusters
       // The quantization of the activations finds no room beside a kernel with this many threads.
-      if (form == StreamForm::kWide) cost += 1950;
-      if (per_cluster < StreamStrips(form)) cost += 5000;
+      if (form == StreamForm::kWide) cost += 2200;
+      if (form == StreamForm::kTall) cost += 360;
+      if (per_cluster < StreamStrips(form)) cost += 20000;
       if (cost >= best) continue;
       best = cost;
       config = {tokens,

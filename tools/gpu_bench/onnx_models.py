@@ -39,13 +39,20 @@ class Format(enum.StrEnum):
     NBITS_32 = "MatMulNBits b32"
     W4A8 = "W4A8 b128"
     W4A8_STRUCTURED = "W4A8 b128 structured"
+    W4A8_ONE_OP = "W4A8 b128, quantization in the product's op"
+    W4A8_STRUCTURED_ONE_OP = "W4A8 b128 structured, quantization in the product's op"
     W4A8_STATIC = "W4A8 b128 static"
     W4A8_FUSED = "W4A8 b128 structured, norms and SiLU that quantize"  # of whole decoders
 
     @property
     def structured(self) -> bool:
         """Whether scales are small multiples of one base per column."""
-        return self in (Format.W4A8_STRUCTURED, Format.W4A8_FUSED)
+        return self in (Format.W4A8_STRUCTURED, Format.W4A8_STRUCTURED_ONE_OP, Format.W4A8_FUSED)
+
+    @property
+    def one_op(self) -> bool:
+        """Whether activations that are float at a layer are quantized by its op, as `convert --fuse` has it."""
+        return self in (Format.W4A8_ONE_OP, Format.W4A8_STRUCTURED_ONE_OP, Format.W4A8_FUSED)
 
     @property
     def block(self) -> int:
@@ -69,7 +76,8 @@ class Activation(enum.StrEnum):
 def _model(graph: onnx.GraphProto) -> onnx.ModelProto:
     """A model with the operators' function bodies, as the converter writes them."""
     opsets = {"": ops.BODY_OPSET, DOMAIN: ops.VERSION, "com.microsoft": 1}
-    functions = [ops.w4a8_matmul.function(), ops.dynamic_quantize_per_token.function()]
+    modules = (ops.w4a8_matmul, ops.dynamic_quantize_per_token, ops.dynamic_quantize_w4a8_matmul)
+    functions = [module.function() for module in modules]
     return helper.make_model(
         graph,
         opset_imports=[helper.make_opsetid(domain, version) for domain, version in opsets.items()],
@@ -132,6 +140,10 @@ class ModelBuilder:
         self.nodes.append(
             helper.make_node(op_type, inputs, outputs, name=f"{outputs[0]}/{op_type}", domain=domain, **attributes)
         )
+
+    def makes(self, name: str) -> bool:
+        """Whether there is a node or constant of this name already."""
+        return name in self._names
 
     def node_once(self, op_type: str, inputs: Sequence[str], outputs: Sequence[str], domain: str = "") -> None:
         """Append a node unless one already makes its first output."""
@@ -226,6 +238,11 @@ def linear(builder: ModelBuilder, value: str, weight: Sequence[str], output: str
         builder.node("MatMulNBits", [value, *weight], [output], "com.microsoft", **attributes)
         return
     quantized, scale = f"{value}_q", f"{value}_s"
+    multiple = SCALE_MAX_MULTIPLE if form.structured else 0
+    if form.one_op and not builder.makes(quantized):
+        attributes = {"block_size": form.block, "scale_max_multiple": multiple}
+        builder.node(ops.dynamic_quantize_w4a8_matmul.NAME, [value, *weight], [output], DOMAIN, **attributes)
+        return
     if form is Format.W4A8_STATIC:
         # Chains of unit-variance layers keep their range: 5 standard deviations fill the int8 range.
         step = np.float16(5 / 127)
@@ -235,7 +252,6 @@ def linear(builder: ModelBuilder, value: str, weight: Sequence[str], output: str
         builder.node_once("QuantizeLinear", [value, half, zero_point], [quantized])
     else:
         builder.node_once("DynamicQuantizePerToken", [value], [quantized, scale], DOMAIN)
-    multiple = SCALE_MAX_MULTIPLE if form.structured else 0
     w4a8_layer(builder, quantized, scale, weight, output, form.block, multiple)
 
 

@@ -33,7 +33,9 @@ PEERS = {
     "MatMulNBits b32 fpA_intB": (Format.NBITS_32, "1"),
     "MatMulNBits b128 fpA_intB": (Format.NBITS_128, "1"),
     "W4A8 per-token": (Format.W4A8, None),
+    "W4A8 per-token fused": (Format.W4A8_ONE_OP, None),
     "W4A8 per-token structured": (Format.W4A8_STRUCTURED, None),
+    "W4A8 per-token structured fused": (Format.W4A8_STRUCTURED_ONE_OP, None),
     "W4A8 static": (Format.W4A8_STATIC, None),
 }
 OURS = "W4A8 per-token"

@@ -5,8 +5,11 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <map>
+#include <mutex>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include "cuda/kernels.h"
 #include "cuda/numeric.cuh"
@@ -151,6 +154,20 @@ struct LaunchShape {
   bool overlap = false;
 };
 
+/// Lets a kernel have `bytes` of dynamic shared memory on the current device. Threads launch it with different amounts
+/// at the same time, so what it may have only grows.
+inline void AllowSharedMemory(const void* kernel, int bytes) {
+  static std::mutex mutex;
+  static auto* allowed = new std::map<std::pair<int, const void*>, int>;
+  int device = 0;
+  Check(cudaGetDevice(&device), "cudaGetDevice");
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& most = (*allowed)[{device, kernel}];
+  if (bytes <= most) return;
+  Check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "cudaFuncSetAttribute");
+  most = bytes;
+}
+
 template <class... Parameters, class... Arguments>
 void Launch(void (*kernel)(Parameters...), const LaunchShape& shape, Stream stream, const Arguments&... arguments) {
   cudaLaunchAttribute attributes[2];
@@ -171,8 +188,7 @@ void Launch(void (*kernel)(Parameters...), const LaunchShape& shape, Stream stre
   config.attrs = attributes;
   config.numAttrs = static_cast<unsigned>(count);
   if (shape.shared_bytes > 48 * 1024) {
-    Check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes),
-          "cudaFuncSetAttribute");
+    AllowSharedMemory(reinterpret_cast<const void*>(kernel), shape.shared_bytes);
   }
   Check(cudaLaunchKernelEx(&config, kernel, arguments...), "cudaLaunchKernelEx");
 }

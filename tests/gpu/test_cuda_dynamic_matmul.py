@@ -203,6 +203,7 @@ def test_concurrent_runs_on_one_stream(library, chains, generator):
 
 
 def test_workspace_is_freed_with_the_last_session(library, generator, tmp_path):
+    """Reads the device's free memory: nothing else may use the device meanwhile."""
     path = tmp_path / "layer.onnx"
     path.write_bytes(layer(random_weight(Shape(16384, 64), 128, torch.float16, generator), separate=False))
     x = torch.ones(16384, 16384, dtype=torch.float16, device="cuda")

@@ -1,5 +1,6 @@
 """What every GPU test needs, or the reason why it cannot run here."""
 
+import ctypes
 import sys
 from pathlib import Path
 
@@ -8,14 +9,26 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 
+def _has_gpu() -> bool:
+    """Whether NVIDIA's driver knows a device, whatever packages are installed."""
+    count = ctypes.c_int()
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+
+
 def _missing() -> str | None:
-    """Why the GPU tests cannot run, or None."""
+    """Why the GPU tests cannot run, or None: without a GPU nothing else matters."""
+    if not _has_gpu():
+        return "there is no NVIDIA GPU"
     try:
         import torch
     except ImportError:
         return "torch is not installed"
     if not torch.cuda.is_available():
-        return "no NVIDIA GPU that torch can use"
+        return "this torch cannot use the GPU (install one for its driver's CUDA version)"
     import onnxruntime
 
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():

@@ -264,6 +264,7 @@ class Driver {
     }
   }
   int inside() const { return inside_; }
+  bool CanQuantizeInside() const { return capability_ >= 90; }
 
   void QuantizePerToken(int m, int k, int dtype) {
     std::vector<uint8_t> x(static_cast<size_t>(m) * k * Typed::Size(dtype));
@@ -390,6 +391,10 @@ int main(int argc, char** argv) {
       driver.QuantizeStatic(k, dtype);
       problems += 2;
     }
+  }
+  if (driver.CanQuantizeInside() && driver.inside() == 0) {
+    std::printf("FAILED no product quantized its activations itself\n");
+    ++failures;
   }
   std::printf("%d problems, %d of products that quantize, %d failures\n", problems, driver.inside(), failures);
   return failures == 0 ? 0 : 1;

@@ -3,17 +3,16 @@
 import os
 import subprocess
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from gpu_bench.onnx_models import Format, ModelBuilder, linear, store
+from gpu_bench.onnx_models import Format, write_chain
 from gpu_bench.problem import Shape, pack_int4, random_activations, random_weight
 from gpu_bench.sessions import ELEMENT_TYPES, BoundRun, cuda_session, placement
 from onnx import TensorProto, helper
+from session_runs import CHAIN, buffers, check_at_once, check_callers_stream, run_once
 
 from fptq_onnx.ops import DOMAIN, VERSION
 
@@ -21,8 +20,6 @@ FUSED = "DynamicQuantizeW4A8MatMul"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Rows that one kernel may quantize and multiply, and rows beyond them, which take workspace.
 ROWS = [*range(1, 18), 64, 200, 1000]
-CHAIN = (Shape(1024, 1536), Shape(1536, 1024))
-LAYERS = 6
 
 
 def layer(weight, *, separate=True):
@@ -88,16 +85,19 @@ def test_bytes_are_those_of_the_two_ops(library, generator, k, n, block, structu
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [8, 40])
-def test_rows_that_are_zero_or_not_finite(library, generator, rows, dtype):
-    weight = random_weight(Shape(1024, 192), 128, dtype, generator, structured=True)
+@pytest.mark.parametrize(("rows", "n"), [(4, 16384), (8, 192), (40, 192)])  # the first in one kernel
+def test_rows_that_are_zero_or_not_finite(library, generator, rows, n, dtype):
+    weight = random_weight(Shape(1024, n), 128, dtype, generator, structured=True)
     session = cuda_session(layer(weight), library=library)
     x = random_activations(rows, 1024, dtype, generator)
-    plain = both(session, x, 192)[0]
+    plain = both(session, x, n)[0]
     x[0] = 0
-    x[2, 1023], x[3, 0], x[5, 517], x[6] = float("nan"), float("inf"), -float("inf"), float("nan")
-    one, two = both(session, x, 192)
-    bad = [2, 3, 5, 6]
+    faults = {2: (1023, float("nan")), 3: (0, float("inf")), 5: (517, -float("inf")), 6: (slice(None), float("nan"))}
+    bad = [row for row in faults if row < rows]
+    for row in bad:
+        column, value = faults[row]
+        x[row, column] = value
+    one, two = both(session, x, n)
     assert one[bad].isnan().all() and two[bad].isnan().all()
     assert (one[0] == 0).all()
     good = [row for row in range(1, rows) if row not in bad]
@@ -111,42 +111,14 @@ def test_no_rows(library, generator):
     assert y.shape == z.shape == (0, 96)
 
 
-def write_chain(path, form, fused, seed):
-    """A chain of layers, of the one op or of the two, on the same weights for one seed."""
-    generator = torch.Generator("cuda").manual_seed(seed)
-    builder = ModelBuilder(path)
-    value = "X"
-    for index in range(LAYERS):
-        shape = CHAIN[index % len(CHAIN)]
-        weight = store(builder, f"w{index}", shape, form, generator)
-        output = "Y" if index == LAYERS - 1 else f"h{index}"
-        if fused:
-            attributes = {"block_size": form.block, "scale_max_multiple": 15 if form.structured else 0}
-            builder.node(FUSED, [value, *weight], [output], DOMAIN, **attributes)
-        else:
-            linear(builder, value, weight, output, shape, form)
-        value = output
-    ends = [("X", CHAIN[0].k), ("Y", CHAIN[-1].n)]
-    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT16, ["M", size]) for name, size in ends)
-    return builder.save([x], [y])
-
-
-@pytest.fixture(params=[Format.W4A8, Format.W4A8_STRUCTURED], ids=["float-scales", "integer-scales"])
+@pytest.fixture(
+    params=[(Format.W4A8_ONE_OP, Format.W4A8), (Format.W4A8_STRUCTURED_ONE_OP, Format.W4A8_STRUCTURED)],
+    ids=["float-scales", "integer-scales"],
+)
 def chains(request, tmp_path):
-    """Files of the one op and of the two."""
-    return [write_chain(tmp_path / f"{fused}.onnx", request.param, fused, 5) for fused in (True, False)]
-
-
-def run_once(session, x):
-    y = torch.full((x.shape[0], CHAIN[-1].n), float("nan"), dtype=torch.float16, device="cuda")
-    BoundRun(session, {"X": x}, {"Y": y})()
-    torch.cuda.synchronize()  # a session on the caller's stream need not have waited
-    assert torch.isfinite(y).all()
-    return y
-
-
-def activations(rows, generator):
-    return random_activations(rows, CHAIN[0].k, torch.float16, generator)
+    """Files of six layers of the one op, and of the two on the same weights."""
+    seeded = [(form, torch.Generator("cuda").manual_seed(5)) for form in request.param]
+    return [write_chain(tmp_path / f"{form.name}.onnx", CHAIN, form, 6, 3, generator) for form, generator in seeded]
 
 
 def test_captured_graphs_replay_with_new_inputs(library, chains, generator):
@@ -155,15 +127,14 @@ def test_captured_graphs_replay_with_new_inputs(library, chains, generator):
     eager, separate = (cuda_session(chain, library=library) for chain in chains)
     runs = []
     for graph_id, rows in enumerate([1, 5, 16, 17, 64, 300, 1024], start=1):
-        x = activations(rows, generator)
-        y = torch.full((rows, CHAIN[-1].n), float("nan"), dtype=torch.float16, device="cuda")
+        x, y = buffers(rows, generator)
         run = BoundRun(graph, {"X": x}, {"Y": y}, graph_id)
         for _ in range(4):  # two plain runs, the capture, a replay
             run()
         runs.append((run, x, y))
     for _ in range(3):
         for run, x, y in runs:
-            x.copy_(activations(x.shape[0], generator))
+            x.copy_(buffers(x.shape[0], generator)[0])
             y.fill_(float("nan"))
             torch.cuda.synchronize()
             run()
@@ -172,23 +143,10 @@ def test_captured_graphs_replay_with_new_inputs(library, chains, generator):
             assert torch.equal(run_once(eager, x), expected)
 
 
-def check_at_once(sessions, inputs, expected):
-    """Every input on a thread of its own, the sessions in turn; an error in a thread is one here."""
-    start = threading.Barrier(len(inputs))
-
-    def work(index):
-        start.wait()
-        results = [run_once(sessions[index % len(sessions)], inputs[index]) for _ in range(25)]
-        return [torch.equal(result, expected[index]) for result in results]
-
-    with ThreadPoolExecutor(len(inputs)) as pool:
-        assert all(all(equal) for equal in pool.map(work, range(len(inputs))))
-
-
 def test_concurrent_runs_on_one_session(library, chains, generator):
     """Runs on streams of their own; none gets the workspace that another's kernels still read."""
     session, separate = (cuda_session(chain, library=library) for chain in chains)
-    inputs = [activations(rows, generator) for rows in (1, 16, 40, 200, 1024, 1024)]
+    inputs = [buffers(rows, generator)[0] for rows in (1, 16, 40, 200, 1024, 1024)]
     check_at_once([session], inputs, [run_once(separate, x) for x in inputs])
 
 
@@ -198,7 +156,7 @@ def test_concurrent_runs_on_one_stream(library, chains, generator):
     options = {"user_compute_stream": str(stream.cuda_stream)}
     sessions = [cuda_session(chains[0], library=library, provider_options=options) for _ in range(2)]
     separate = cuda_session(chains[1], library=library)
-    inputs = [activations(rows, generator) for rows in (17, 40, 200, 1024)]
+    inputs = [buffers(rows, generator)[0] for rows in (17, 40, 200, 1024)]
     check_at_once(sessions, inputs, [run_once(separate, x) for x in inputs])
 
 
@@ -226,20 +184,7 @@ def test_callers_stream(library, chains, generator, rows):
     session = cuda_session(
         chains[0], library=library, provider_options={"user_compute_stream": str(stream.cuda_stream)}
     )
-    separate = cuda_session(chains[1], library=library)
-    x = activations(rows, generator)
-    y = torch.full((rows, CHAIN[-1].n), float("nan"), dtype=torch.float16, device="cuda")
-    run = BoundRun(session, {"X": x}, {"Y": y})
-    run()
-    for _ in range(5):
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(2_000_000)
-            x.mul_(0.5).add_(torch.randn_like(x))
-        run()
-        with torch.cuda.stream(stream):
-            copy = y.clone()
-        stream.synchronize()
-        assert torch.equal(copy, run_once(separate, x))
+    check_callers_stream(stream, session, cuda_session(chains[1], library=library), rows, generator)
 
 
 NO_MEMORY = """

@@ -4,8 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +13,9 @@ from gpu_bench.onnx_models import Activation, Format, ModelBuilder, layer_model,
 from gpu_bench.problem import Shape, pack_int4, random_activations, random_weight
 from gpu_bench.sessions import BoundRun, cuda_session, placement
 from onnx import TensorProto, helper
+from session_runs import CHAIN, buffers, check_at_once, check_callers_stream, run_once
 
 TOOLS = str(Path(__file__).resolve().parents[2] / "tools")
-CHAIN = (Shape(1024, 1536), Shape(1536, 1024))
 OURS = [Format.W4A8, Format.W4A8_STRUCTURED, Format.W4A8_STATIC]
 TOKENS = [1, 5, 16, 48, 200, 1024]
 
@@ -26,18 +24,6 @@ TOKENS = [1, 5, 16, 48, 200, 1024]
 def chain(request, tmp_path, generator):
     """A model of eight layers, in each of the project's forms."""
     return write_chain(tmp_path / "chain.onnx", CHAIN, request.param, 8, 2, generator)
-
-
-def buffers(tokens, generator):
-    x = random_activations(tokens, CHAIN[0].k, torch.float16, generator)
-    return x, torch.full((tokens, CHAIN[-1].n), float("nan"), dtype=torch.float16, device="cuda")
-
-
-def run_once(session, x, graph_id=None):
-    y = torch.full((x.shape[0], CHAIN[-1].n), float("nan"), dtype=torch.float16, device="cuda")
-    BoundRun(session, {"X": x}, {"Y": y}, graph_id)()
-    assert torch.isfinite(y).all()
-    return y
 
 
 def test_same_bytes_every_run_and_session(library, chain, generator):
@@ -69,34 +55,14 @@ def test_concurrent_runs_on_one_session(library, chain, generator):
     session = cuda_session(chain, library=library)
     inputs = [buffers(tokens, generator)[0] for tokens in (1, 16, 200, 1024)]
     expected = [run_once(session, x) for x in inputs]
-    start = threading.Barrier(len(inputs))
-
-    def work(index):
-        start.wait()
-        results = [run_once(session, inputs[index]) for _ in range(25)]
-        return [torch.equal(result, expected[index]) for result in results]
-
-    with ThreadPoolExecutor(len(inputs)) as pool:  # hands on a thread's error
-        assert all(all(equal) for equal in pool.map(work, range(len(inputs))))
+    check_at_once([session], inputs, expected)
 
 
 def test_callers_stream(library, chain, generator):
     """On a stream of the caller's, work before and after the run is ordered by the stream alone."""
     stream = torch.cuda.Stream()
     session = cuda_session(chain, library=library, provider_options={"user_compute_stream": str(stream.cuda_stream)})
-    plain = cuda_session(chain, library=library)
-    x, y = buffers(16, generator)
-    run = BoundRun(session, {"X": x}, {"Y": y})
-    run()
-    for _ in range(5):
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(2_000_000)
-            x.mul_(0.5).add_(torch.randn_like(x))
-        run()
-        with torch.cuda.stream(stream):
-            copy = y.clone()
-        stream.synchronize()
-        assert torch.equal(copy, run_once(plain, x))
+    check_callers_stream(stream, session, cuda_session(chain, library=library), 16, generator)
 
 
 def test_second_device(library, chain, generator):

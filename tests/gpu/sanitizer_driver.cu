@@ -372,10 +372,11 @@ int main(int argc, char** argv) {
   int problems = 0;
   const std::vector<int> tokens = few ? std::vector<int>{1, 70} : std::vector<int>{1, 3, 8, 16, 17, 64, 65, 130};
   const std::vector<Problem> layers = {
-      // m, k, n, block, dtype, max_multiple, per_token, zero_point
-      {0, 256, 128, 128, 1, 0, true, 128}, {0, 576, 200, 128, 1, 15, true, 128}, {0, 200, 72, 64, 0, 0, false, 3},
-      {0, 512, 72, 32, 2, 0, true, 7},     {0, 300, 136, 300, 2, 0, true, 255},  {0, 1000, 100, 32, 1, 0, false, 128},
-      {0, 129, 65, 100, 2, 15, true, 128}, {0, 512, 4200, 128, 1, 0, true, 128},
+      // m, k, n, block, dtype, max_multiple, per_token, zero_point; the second quantizes itself
+      {0, 256, 128, 128, 1, 0, true, 128},  {0, 2048, 72, 128, 1, 0, true, 128}, {0, 576, 200, 128, 1, 15, true, 128},
+      {0, 200, 72, 64, 0, 0, false, 3},     {0, 512, 72, 32, 2, 0, true, 7},     {0, 300, 136, 300, 2, 0, true, 255},
+      {0, 1000, 100, 32, 1, 0, false, 128}, {0, 129, 65, 100, 2, 15, true, 128}, {0, 512, 4200, 128, 1, 0, true, 128},
+      {0, 2048, 72, 128, 2, 15, true, 128}, {0, 2056, 72, 32, 0, 0, true, 128},
   };
   for (Problem p : layers) {
     for (int m : tokens) {

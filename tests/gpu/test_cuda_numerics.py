@@ -148,6 +148,24 @@ def test_quantizing_special_rows(library, generator, dtype):
         assert made["Y"][bad].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_quantizing_next_to_borders(library, generator, dtype):
+    """Rows up to every significand, of values on the borders between two integers and beside them."""
+    bits = 7 if dtype == torch.bfloat16 else 10
+    largest = (1 + torch.arange(2**bits, device="cuda") / 2**bits).to(dtype).unsqueeze(1)
+    borders = ((torch.arange(127, device="cuda") + 0.5) * largest.float() / 127).to(dtype)
+    integer = torch.int32 if dtype == torch.float32 else torch.int16
+    beside = [(borders.view(integer) + step).view(dtype) for step in (-1, 1)]
+    x = torch.cat([borders, *beside, largest / 2, largest, torch.zeros_like(largest)], dim=1)
+    x = torch.minimum(torch.cat([x, -x], dim=1), largest).contiguous()
+    weight = random_weight(Shape(x.shape[1], 64), 128, dtype, generator)
+    outputs = {"Y": ((len(x), 64), dtype), "A": (x.shape, torch.uint8), "a_scale": ((len(x), 1), torch.float32)}
+    made = run_layer(library, layer_model(weight, Activation.PER_TOKEN), {"X": x}, outputs)
+    expected_a, expected_scale = quantize_per_token(x)
+    assert torch.equal(made["a_scale"], expected_scale)
+    assert torch.equal(made["A"], expected_a)
+
+
 @pytest.mark.parametrize("activation", [Activation.PER_TOKEN, Activation.STATIC])
 def test_no_tokens(library, generator, activation):
     weight = random_weight(Shape(256, 96), 128, torch.float16, generator)

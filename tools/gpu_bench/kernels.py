@@ -94,7 +94,7 @@ class OursStructured(Ours):
 
 
 class OursFused(Ours):
-    """Float activations: up to four tokens are quantized by the kernel that multiplies them."""
+    """Float activations: up to eight tokens are quantized by the kernel that multiplies them."""
 
     contains = "activation quantization and product, one op"
     checked = False  # with the two kernels that it stands for

@@ -3,6 +3,8 @@
 #define FPTQ_QUANTIZATION_H_
 
 #include <cmath>
+#include <cstdint>
+#include <cstring>
 
 #include "fptq/packing.h"
 
@@ -40,6 +42,49 @@ class RowDivision {
 
  private:
   float factor_, scale_, reciprocal_;
+};
+
+/// 1 / x, wrong by at most one unit in the last place.
+FPTQ_HD float RoughReciprocal(float x) {
+#ifdef __CUDA_ARCH__
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return 1.0f / x;
+#endif
+}
+
+/// round_half_even(x / scale) of values with at most 11 significant bits (float16, bfloat16) by one multiplication, for
+/// most rows; the others are divided.
+///
+/// Let L be the row's largest magnitude and x / (L / 127) lie next to k + 1/2, that is 254 x next to (2k + 1) L. Both
+/// are integers below 2^19 times the same power of two: they differ by a relative 2^-19 at least, or not at all. What
+/// is rounded, and the 2^-21 below, is less than 2^-20 together and decides nothing between values that differ. Equal
+/// they are if 127 divides 2k + 1 (below 255: it is 127, and |x| = L / 2) or the significand of L. In the first case
+/// the rounding of the quotient decides between 63 and 64, and `factor` is made to repeat that; rows of the second kind
+/// are divided.
+class ShortRowFactor {
+ public:
+  /// `largest`: finite; `scale`: RowScale(largest); `reciprocal`: 1 / scale, wrong by at most one unit in the last
+  /// place.
+  FPTQ_HD ShortRowFactor(float largest, float scale, float reciprocal) : factor_(0.0f) {
+    uint32_t bits;
+    memcpy(&bits, &largest, 4);
+    const uint32_t significand = (bits & 0x7FFFFFu) | 0x800000u;
+    if (!(largest > 1e-27f && largest < 1e30f) || significand % 127 == 0) return;
+    // The quotient L / 2 / scale is rounded to 63.5 or more, then to 64, if it is at least 63.5 - 2^-19: half a unit.
+    // The remainder is exact.
+    const bool up = fmaf(-63.5f, scale, 0.5f * largest) >= -0x1p-19f * scale;
+    factor_ = up ? fmaf(reciprocal, 0x1p-21f, reciprocal) : fmaf(reciprocal, -0x1p-21f, reciprocal);
+  }
+  /// Whether there is a factor; otherwise RowDivision.
+  FPTQ_HD bool Exists() const { return factor_ != 0.0f; }
+  /// 1.5 * 2^23 + round_half_even(x / scale): the quotient in the low bits.
+  FPTQ_HD float Shifted(float x) const { return fmaf(x, factor_, 12582912.0f); }
+
+ private:
+  float factor_;
 };
 
 }  // namespace fptq::quantization

@@ -145,17 +145,17 @@ FPTQ_HD constexpr int StreamChunk(StreamForm form) { return form == StreamForm::
 FPTQ_HD constexpr int StreamWindow(StreamForm form) {
   return form == StreamForm::kTall ? 1 : form == StreamForm::kWide ? 2 : 4;
 }
-/// Bytes of weights beyond its ring that a CTA asks into L2 while it waits for activations. It costs more than it
-/// brings where more tokens have to pass through L2 and the ring holds most of the weights anyway (measured).
+/// Bytes of weights beyond its ring that a CTA asks into L2 when the ring is full. It costs more than it brings where
+/// more tokens have to pass through L2 and the ring holds most of the weights anyway (measured).
 FPTQ_HD constexpr int StreamPrefetch(int tokens, int64_t weight_bytes) {
-  return tokens <= 8 || weight_bytes > (int64_t{64} << 20) ? 64 * 1024 : 0;
+  return tokens <= 16 || weight_bytes > (int64_t{64} << 20) ? 64 * 1024 : 0;
 }
 
 // Where the streaming kernel quantizes activations itself, a CTA quantizes its share of K of all tokens. Its warps
 // divide a token into slices where there are fewer tokens than warps.
 
 /// Most tokens of a product that quantizes, and most bytes of values of a CTA: they are kept in registers.
-inline constexpr int kMaxQuantizedTokens = 4;
+inline constexpr int kMaxQuantizedTokens = 8;
 inline constexpr int kQuantizingTile = 8;  // tokens of its tile
 inline constexpr int kMaxQuantizedBytes = 32768;
 /// Places for the magnitudes that a CTA receives: one from each of at most 16 warps of each of at most 8 CTAs.
@@ -260,7 +260,7 @@ constexpr bool HasStreamForm(StreamForm form, int tokens, StreamScales scales) {
 
 /// Whether it has a form that quantizes up to kMaxQuantizedTokens.
 constexpr bool HasQuantizingForm(StreamForm form, StreamScales scales) {
-  return HasStreamForm(form, kQuantizingTile, scales) && (form != StreamForm::kTall || scales.is_float);
+  return HasStreamForm(form, kQuantizingTile, scales);
 }
 
 /// The streaming kernel for m tokens: clusters of at least two CTAs share K, strips are dealt to clusters evenly.
@@ -291,18 +291,24 @@ inline Config ChooseStream(const DeviceLimits& device, const packing::Layout& la
       while (parts > 1 && share < parts) parts /= 2;
       const int rounds = (spans * parts + groups - 1) / groups;
       const int inboxes = rounds > 1 ? 2 : 1;
-      int depth = 0;  // stages of all rings
-      while (depth < 40 && StreamMemory::Of(tokens, form, share, depth + groups, inboxes, layout.block_stride).total <=
-                               device.shared_per_cta - room)
+      // Stages of all rings, no more than there are chunks: initialising their barriers takes time.
+      const int chunks =
+          rounds * static_cast<int>(packing::CeilDiv(packing::CeilDiv(share, parts), StreamChunk(form))) * groups;
+      const int most = chunks < 40 ? chunks : 40;
+      int depth = 0;
+      while (depth < most &&
+             StreamMemory::Of(tokens, form, share, depth + groups, inboxes, layout.block_stride).total <=
+                 device.shared_per_cta - room)
         depth += groups;
       if (depth == 0) continue;
       // Clocks, fitted to measurements of all forms on an H100 and an H200. A round takes its part of the device's
       // bandwidth, or a group's own chain of blocks.
       const int64_t bandwidth = int64_t{device.block_clocks} * strips * blocks / device.multiprocessors;
-      const bool integers = !scales.is_float;  // they take more instructions: half of the warps are too few sooner
-      int64_t at_once = 1070;
-      if (form == StreamForm::kTall) at_once = 2090 + (integers ? 60 * tokens : 0);
-      if (form == StreamForm::kPaired) at_once = integers ? 4400 : 900;
+      const bool integers = !scales.is_float;  // they take more instructions
+      const bool many = tokens > 8;
+      int64_t at_once = 1300;
+      if (form == StreamForm::kTall) at_once = 1930 + (many ? 150 : 0);
+      if (form == StreamForm::kPaired) at_once = 950 + (many ? 110 : 0) + (integers ? 270 : 0);
       const int64_t chain = packing::CeilDiv(packing::CeilDiv(share, parts), StreamBlocksAtOnce(form)) * at_once;
       const int teams = groups / parts;
       int64_t cost = 0;
@@ -311,12 +317,12 @@ inline Config ChooseStream(const DeviceLimits& device, const packing::Layout& la
         const int64_t arrival = bandwidth * in_round / spans;
         cost += arrival > chain ? arrival : chain;
       }
-      cost += int64_t{12} * share * tokens;  // loading the activations
-      cost += (form == StreamForm::kTall ? 300 : 2150) * (rounds - 1);
-      cost += split == 2 ? 0 : split == 4 ? 4000 : 3100;  // larger clusters
+      cost += int64_t{6} * share * tokens;  // loading the activations
+      cost += int64_t{form == StreamForm::kTall ? 900 : form == StreamForm::kPaired ? 2150 : 120} * (rounds - 1);
+      cost += split == 2 ? 0 : split == 4 ? 1300 : 1000;  // larger clusters
       // The quantization of the activations finds no room beside a kernel with this many threads.
-      if (form == StreamForm::kWide) cost += 2200;
-      if (form == StreamForm::kTall) cost += 360;
+      if (form == StreamForm::kWide) cost += 3150 + (many ? 3000 : 0);
+      if (form == StreamForm::kTall) cost -= 40;  // the better one where the memory decides
       if (per_cluster < StreamStrips(form)) cost += 20000;
       if (cost >= best) continue;
       best = cost;
@@ -333,14 +339,16 @@ inline Config ChooseStream(const DeviceLimits& device, const packing::Layout& la
   return config;
 }
 
-/// Whether the streaming kernel with this plan quantizes m tokens itself (where it pays, measured: few values per CTA).
+/// Whether the streaming kernel with this plan quantizes m tokens itself. Every cluster repeats that for all of them,
+/// so it costs more with more tokens and blocks in a CTA, where a kernel in front costs the same (measured).
 inline bool StreamQuantizes(const Config& config, const packing::Layout& layout, StreamScales scales, int64_t m,
                             int value_bytes) {
-  if (!HasQuantizingForm(config.form, scales)) return false;
-  if (m > (config.form == StreamForm::kTall ? kMaxQuantizedTokens / 2 : kMaxQuantizedTokens)) return false;
-  const int tokens = 1 << LogOfPower(static_cast<int>(m));
+  if (!HasQuantizingForm(config.form, scales) || m > kMaxQuantizedTokens || layout.k_blocks < 16) return false;
   const int64_t share = packing::CeilDiv(layout.k_blocks, config.split_k);
-  return tokens * share * packing::kBlockK * value_bytes <= kMaxQuantizedBytes;
+  if (config.form == StreamForm::kTall && m * share > 32 + layout.k_blocks) return false;
+  const int64_t places = int64_t{StreamHeldVectors(config.form, value_bytes)} * 32
+                         << StreamLogSlices(config.form, static_cast<int>(m));
+  return share * packing::kBlockK / 8 <= places;
 }
 
 /// The warpgroup kernel for m tokens: the tile shape and split with the least estimated time, one CTA per

@@ -222,7 +222,8 @@ void ForPromotion(const WeightView& weights, Body&& body) {
 
 // The launchers of the single kernels; LaunchMatMul chooses among them.
 void LaunchStream(const Device& device, const MatMulArguments& args, const Plan& plan, Stream stream);
-void LaunchStreamDynamic(const MatMulArguments& args, const DynamicMatMulCall& call, const Plan& plan, Stream stream);
+void LaunchStreamDynamic(const Device& device, const MatMulArguments& args, const DynamicMatMulCall& call,
+                         const Plan& plan, Stream stream);
 void LaunchWarpgroup(const Device& device, const MatMulArguments& args, const Plan& plan, Stream stream);
 void LaunchTile(const Device& device, const MatMulArguments& args, Stream stream);
 void LaunchReference(const Device& device, const MatMulArguments& args, Stream stream);

@@ -119,11 +119,12 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1) FusedRows(const __grid_cons
         magnitude = max(magnitude, MagnitudeBits(Numeric<T>::ToFloat(held[v].values[i])));
       }
     }
-    scale = RowScale(LargestOfCta(magnitude));
+    magnitude = LargestOfCta(magnitude);
+    scale = RowScale(magnitude);
     if (threadIdx.x == 0) call.scale[blockIdx.x] = scale;
   }
   const bool finite = scale == scale;
-  const Quantizer quantize(scale);
+  const Quantizer<T> quantize(magnitude, scale);
   uint2* target = reinterpret_cast<uint2*>(call.y) + first;
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
@@ -195,7 +196,7 @@ __global__ void __launch_bounds__(kMaxSharedThreads) SiluMulShared(const __grid_
     for (int i = 0; i < kShares; ++i) magnitude = max(magnitude, largest[i].x);
     const float scale = RowScale(magnitude);
     if (threadIdx.x == 0 && rank == 0) call.scale[row] = scale;
-    const Quantizer quantize(scale);
+    const Quantizer<T> quantize(magnitude, scale);
     if (scale == scale) quantize(values, words);
   }
   if (is_mine) reinterpret_cast<uint2*>(call.y)[at] = make_uint2(words[0], words[1]);
@@ -240,10 +241,11 @@ __global__ void __launch_bounds__(kMaxRowThreads) FusedAnyRows(const __grid_cons
   }
   uint32_t magnitude = 0;
   for (int64_t i = threadIdx.x; i < call.k; i += blockDim.x) magnitude = max(magnitude, MagnitudeBits(result(i)));
-  const float scale = RowScale(LargestOfCta(magnitude));
+  magnitude = LargestOfCta(magnitude);
+  const float scale = RowScale(magnitude);
   if (threadIdx.x == 0) call.scale[blockIdx.x] = scale;
   const bool finite = scale == scale;
-  const Quantizer quantize(scale);
+  const Quantizer<T> quantize(magnitude, scale);
   for (int64_t i = threadIdx.x; i < call.k; i += blockDim.x) {
     call.y[first + i] = finite ? quantize(result(i)) : static_cast<uint8_t>(kZeroPoints);
   }

@@ -196,7 +196,7 @@ void LaunchDynamicMatMul(const Device& device, const WeightView& weights, const 
     args.call = product;
     args.split = plan.config.split_k;
     args.stages = plan.config.stages;
-    return LaunchStreamDynamic(args, call, plan, stream);
+    return LaunchStreamDynamic(device, args, call, plan, stream);
   }
   LaunchDynamicQuantize(device, weights.type, call.x, call.m, weights.layout.k, call.q, call.scale, stream);
   LaunchMatMul(device, weights, product, stream, wanted);

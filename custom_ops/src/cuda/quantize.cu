@@ -28,10 +28,11 @@ __global__ void __launch_bounds__(kMaxRowThreads)
 #pragma unroll
     for (int i = 0; i < kVector; ++i) magnitude = max(magnitude, MagnitudeBits(Numeric<T>::ToFloat(held[v].values[i])));
   }
-  const float scale = RowScale(LargestOfCta(magnitude));
+  magnitude = LargestOfCta(magnitude);
+  const float scale = RowScale(magnitude);
   if (threadIdx.x == 0) scales[row] = scale;
   const bool finite = scale == scale;
-  const Quantizer quantize(scale);
+  const Quantizer<T> quantize(magnitude, scale);
   uint2* target = reinterpret_cast<uint2*>(q + row * k);
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
@@ -57,10 +58,11 @@ __global__ void __launch_bounds__(kMaxRowThreads)
   for (int64_t i = threadIdx.x; i < k; i += blockDim.x) {
     magnitude = max(magnitude, MagnitudeBits(Numeric<T>::ToFloat(x[first + i])));
   }
-  const float scale = RowScale(LargestOfCta(magnitude));
+  magnitude = LargestOfCta(magnitude);
+  const float scale = RowScale(magnitude);
   if (threadIdx.x == 0) scales[blockIdx.x] = scale;
   const bool finite = scale == scale;
-  const Quantizer quantize(scale);
+  const Quantizer<T> quantize(magnitude, scale);
   for (int64_t i = threadIdx.x; i < k; i += blockDim.x) {
     q[first + i] = finite ? quantize(Numeric<T>::ToFloat(x[first + i])) : static_cast<uint8_t>(kZeroPoints);
   }

@@ -11,6 +11,7 @@ namespace fptq::cuda {
 
 inline constexpr int kVector = 8;  // values per load
 inline constexpr int kMaxRowThreads = 1024;
+inline constexpr int kFewRowThreads = 512;
 inline constexpr uint32_t kZeroPoints = 0x80808080u;  // 128 in each byte
 
 /// Eight neighbouring values.
@@ -19,26 +20,34 @@ struct alignas(sizeof(T) == 4 ? 16 : 8 * sizeof(T)) Vector {
   T values[kVector];
 };
 
-/// round_half_even(x / scale) + 128 in 1..255. Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits:
-/// conversion instructions have a quarter of the rate or less. No branch that values take differently, and little code:
-/// it is cold wherever a kernel begins with it.
+__device__ __forceinline__ float MagnitudeOf(uint32_t bits) { return __uint_as_float(bits); }
+__device__ __forceinline__ uint32_t MagnitudeBits(float x) { return __float_as_uint(x) & 0x7FFFFFFFu; }
+
+/// round_half_even(x / scale) + 128 in 1..255, of values that are representable in T. Adding 1.5 * 2^23 rounds to an
+/// integer and leaves it in the low bits: conversion instructions have a quarter of the rate or less. Branches are the
+/// same for a whole row, and there is little code: it is cold wherever a kernel begins with it.
+template <class T>
 class Quantizer {
  public:
-  __device__ explicit Quantizer(float scale) : divide_(scale) {}
+  /// `magnitude`: bits of the row's largest; `scale`: RowScale of it, not NaN where values are to be quantized.
+  __device__ Quantizer(uint32_t magnitude, float scale)
+      : row_(scale), factor_(MagnitudeOf(magnitude), scale, quantization::RoughReciprocal(scale)) {}
 
   /// kCount values to as many bytes, four in a word.
   template <int kCount>
   __device__ void operator()(const float (&x)[kCount], uint32_t (&words)[kCount / 4]) const {
-    float values[kCount];
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) values[i] = x[i];
-    if (divide_.Rescales()) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) values[i] = divide_.Prepare(values[i]);
-    }
     uint32_t shifted[kCount];
+    if (sizeof(T) == 2 && factor_.Exists()) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) shifted[i] = __float_as_uint(divide_(values[i]) + 12582912.0f);
+      for (int i = 0; i < kCount; ++i) shifted[i] = __float_as_uint(factor_.Shifted(x[i]));
+    } else {
+      const quantization::RowDivision divide(row_);
+      const bool rescales = divide.Rescales();
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        shifted[i] = __float_as_uint(divide(rescales ? divide.Prepare(x[i]) : x[i]) + 12582912.0f);
+      }
+    }
 #pragma unroll
     for (int w = 0; w < kCount / 4; ++w) {
       const uint32_t low = __byte_perm(shifted[4 * w], shifted[4 * w + 1], 0x0040);
@@ -54,7 +63,9 @@ class Quantizer {
   }
 
  private:
-  quantization::RowDivision divide_;
+  std::conditional_t<sizeof(T) == 2, float, quantization::RowDivision>
+      row_;  // the division's reciprocal is not for all
+  quantization::ShortRowFactor factor_;
 };
 
 /// Largest magnitude of the CTA, as float bits: integer order, and above it infinity and NaN.
@@ -66,8 +77,6 @@ __device__ __forceinline__ uint32_t LargestOfCta(uint32_t magnitude) {
   const uint32_t lane = threadIdx.x % 32;
   return __reduce_max_sync(0xFFFFFFFFu, lane < blockDim.x / 32 ? of_warp[lane] : 0u);
 }
-
-__device__ __forceinline__ uint32_t MagnitudeBits(float x) { return __float_as_uint(x) & 0x7FFFFFFFu; }
 
 /// Scale of a row from its largest magnitude; NaN for a row that holds NaN or infinity.
 __device__ __forceinline__ float RowScale(uint32_t magnitude) {
@@ -139,9 +148,13 @@ struct RowShape {
   /// `aligned`: all rows of all operands start at whole vectors.
   static RowShape Of(const Device& device, int64_t rows, int64_t k, bool aligned) {
     const int64_t vectors = k / kVector;
-    // Few rows: many threads for latency. Many rows: four vectors each, and several CTAs per multiprocessor.
-    int per_thread = rows <= 2 * device.multiprocessors ? 1 : 4;
-    while (per_thread < 4 && vectors > int64_t{per_thread} * kMaxRowThreads) per_thread *= 2;
+    // Few rows: many threads for latency, but no more than find room beside a product of few tokens that still runs:
+    // the next product starts when the last of these CTAs has. Many rows: four vectors each, and several CTAs per
+    // multiprocessor.
+    const bool few = rows <= 2 * device.multiprocessors;
+    const int64_t most = few && vectors <= 4 * kFewRowThreads ? kFewRowThreads : kMaxRowThreads;
+    int per_thread = few ? 1 : 4;
+    while (per_thread < 4 && vectors > per_thread * most) per_thread *= 2;
     const int64_t threads = packing::CeilDiv(packing::CeilDiv(vectors, per_thread), 32) * 32;
     if (!aligned || k % kVector != 0 || threads > kMaxRowThreads) {
       return {0, static_cast<int>(std::min<int64_t>(packing::CeilDiv(k, 32) * 32, kMaxRowThreads))};

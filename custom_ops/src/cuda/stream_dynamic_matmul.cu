@@ -1,4 +1,4 @@
-// Small M on sm_90 and newer: float activations, quantized per token by the kernel that multiplies them.
+// Small M on sm_90 and newer: float activations, up to eight tokens, quantized by the kernel that multiplies them.
 
 #include "cuda/stream_kernel.cuh"
 
@@ -6,30 +6,41 @@ namespace fptq::cuda {
 namespace {
 
 template <class T, Promotion kPromotion>
-void LaunchOf(const MatMulArguments& args, const DynamicMatMulCall& call, const Plan& plan, Stream stream) {
+void LaunchOf(const Device& device, const MatMulArguments& args, const DynamicMatMulCall& call, const Plan& plan,
+              Stream stream) {
   ForStreamForm<kPromotion, plan::kQuantizingTile>(plan.config.form, [&](auto tokens, auto form) {
     constexpr plan::StreamForm kForm = decltype(form)::value;
     if constexpr (plan::HasQuantizingForm(kForm, kScalesOf<kPromotion>)) {
       FloatActivations source;
       source.x = call.x;
       source.log_slices = plan::StreamLogSlices(kForm, static_cast<int>(call.m));
-      LaunchStreamKernel<T, kPromotion, decltype(tokens)::value, kForm>(args, source, plan, stream);
+      LaunchStreamKernel<T, kPromotion, decltype(tokens)::value, kForm>(device, args, source, plan, stream);
     } else {
       throw CudaError("the streaming kernel has no such form that quantizes");
     }
   });
 }
 
+/// Calls `body` with zero of the weights' type and a std::integral_constant of the promotion.
+template <class Body>
+void ForInt4Weights(const WeightView& weights, Body&& body) {
+  ForType(weights.type, [&](auto zero) {
+    if (weights.encoding == Encoding::kInteger) {
+      body(zero, std::integral_constant<Promotion, Promotion::kInteger>{});
+    } else if (weights.layout.promotion_k == kBlockK) {
+      body(zero, std::integral_constant<Promotion, Promotion::kBlock>{});
+    } else {
+      body(zero, std::integral_constant<Promotion, Promotion::kStep>{});
+    }
+  });
+}
+
 }  // namespace
 
-void LaunchStreamDynamic(const MatMulArguments& args, const DynamicMatMulCall& call, const Plan& plan, Stream stream) {
-  ForType(args.weights.type, [&](auto zero) {
-    using T = decltype(zero);
-    if (args.weights.encoding == Encoding::kInteger) {
-      return LaunchOf<T, Promotion::kInteger>(args, call, plan, stream);
-    }
-    if (args.weights.layout.promotion_k == kBlockK) return LaunchOf<T, Promotion::kBlock>(args, call, plan, stream);
-    LaunchOf<T, Promotion::kStep>(args, call, plan, stream);
+void LaunchStreamDynamic(const Device& device, const MatMulArguments& args, const DynamicMatMulCall& call,
+                         const Plan& plan, Stream stream) {
+  ForInt4Weights(args.weights, [&](auto zero, auto promotion) {
+    LaunchOf<decltype(zero), decltype(promotion)::value>(device, args, call, plan, stream);
   });
 }
 

@@ -8,8 +8,9 @@
 // inbox); each adds the shares of its part of the span in the order of contributors: no atomics, the same bytes every
 // run.
 //
-// Activations are uint8 and come by bulk copies (Source: the tensor map), or they are of type T and each CTA quantizes
-// its share of them (Source: FloatActivations): then the CTAs of a cluster exchange the largest magnitudes of the rows.
+// Activations are uint8 and come by bulk copies (Source: the tensor map) or, up to eight tokens, by copies of all
+// threads (ByteActivations). Or they are of type T and each CTA quantizes its share of them (FloatActivations): then
+// the CTAs of a cluster exchange the largest magnitudes of the rows.
 #ifndef FPTQ_CUDA_STREAM_KERNEL_CUH_
 #define FPTQ_CUDA_STREAM_KERNEL_CUH_
 
@@ -23,6 +24,9 @@ struct FloatActivations {
   const void* x;
   int log_slices;  ///< a token is divided among that many warps, as a power of two
 };
+
+/// Activations uint8 where MatMulCall says, without a tensor map.
+struct ByteActivations {};
 
 template <int kTokens, plan::StreamForm kForm>
 struct StreamShape {
@@ -90,9 +94,9 @@ class StreamCta {
   uint64_t* magnitudes;  ///< all of the rows' largest magnitudes have arrived
 };
 
-// Barriers of threads. Of the whole CTA, where one side only arrives: the groups' rings are filled for the first time
-// (producers arrive), their `empty` are ready (consumers arrive). Of the consumers; of each group.
-enum class ThreadBarrier : int { kFilled = 0, kEmptyReady = 1, kConsumers = 2, kGroups = 3 };
+// Barriers of threads. Of the whole CTA, where one side only arrives: producers have initialised the mbarriers `full`,
+// consumers all others. Of the consumers; of each group.
+enum class ThreadBarrier : int { kFullReady = 0, kOthersReady = 1, kConsumers = 2, kGroups = 3 };
 __device__ __forceinline__ void ArriveAt(ThreadBarrier barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(static_cast<int>(barrier)), "r"(threads) : "memory");
 }
@@ -118,61 +122,76 @@ __device__ __forceinline__ void Produce(const StreamCta<kTokens, kForm>& cta, in
   uint64_t* const empty = cta.empty + cta.StageOf(group, 0);
   const uint32_t ring = ptx::SharedAddress(cta.shared) + cta.memory.weights + cta.StageOf(group, 0) * cta.StageBytes();
   const uint64_t policy = ptx::EvictFirstPolicy();
+  const int window = cta.args.window;
+  int round = 0, asked = 0;       // rounds and chunks that have been begun
+  int count = 0, left = 0;        // strips of the span, and bytes of each that have not been asked for
+  const uint8_t* from = nullptr;  // the first of these
   RingPosition at;
-  bool first_lap = true;
-  for (int round = 0; round < cta.work.Rounds(); ++round) {
-    const plan::Range strips = cta.work.Strips(round, cta.TeamOf(group));
-    const int count = strips.end - strips.begin;
-    if (count <= 0) break;
-    const uint8_t* from = cta.args.weights.blocks + strips.begin * strip_bytes + blocks.begin * stride;
+  bool first_lap = true, met = false;
 #pragma unroll 1
-    for (int left = (blocks.end - blocks.begin) * stride; left > 0; left -= chunk_bytes) {
-      const int bytes = min(chunk_bytes, left);
+  while (true) {
+    if (left <= 0 && round < cta.work.Rounds()) {
+      const plan::Range strips = cta.work.Strips(round++, cta.TeamOf(group));
+      count = strips.end - strips.begin;
+      from = cta.args.weights.blocks + strips.begin * strip_bytes + blocks.begin * stride;
+      left = count > 0 ? (blocks.end - blocks.begin) * stride : 0;
+    }
+    // The producer initialises its barriers itself, so that it waits for nobody before it asks: those of the first
+    // window one by one, the others when it has asked for that window.
+    if (!met && (left <= 0 || asked == window)) {
+      met = true;
       if (asks) {
-        if (first_lap) {
-          if (at.stage >= cta.args.window) ptx::BarrierWait(full + at.stage - cta.args.window, 0);
-          ptx::BarrierInit(full + at.stage, 1);
-          ptx::BarrierInitFence();
-        } else {
-          ptx::BarrierWait(empty + at.stage, at.parity ^ 1);
-        }
-        ptx::BarrierArriveExpect(full + at.stage, static_cast<uint32_t>(count * bytes));
-        const uint32_t to = ring + at.stage * cta.StageBytes();
-        ptx::BulkCopy(to, from, static_cast<uint32_t>(bytes), full + at.stage, policy);
-        if (Shape::kStrips == 2 && count == 2) {
-          ptx::BulkCopy(to + chunk_bytes, from + strip_bytes, static_cast<uint32_t>(bytes), full + at.stage, policy);
-        }
+#pragma unroll 1
+        for (int stage = window; stage < cta.depth; ++stage) ptx::BarrierInit(full + stage, 1);
+        ptx::BarrierInitFence();
       }
       __syncwarp();
-      from += bytes;
-      at.Advance(cta.depth);
-      if (first_lap && at.stage == 0) {  // the ring is full: the rest of the span into L2
-        first_lap = false;
-        ArriveAt(ThreadBarrier::kFilled, Shape::kThreads);
-        const int ahead = min(left - bytes, cta.args.prefetch_bytes);
-        if (asks && ahead > 0) {
-          ptx::BulkPrefetch(from, static_cast<uint32_t>(ahead));
-          if (Shape::kStrips == 2 && count == 2) ptx::BulkPrefetch(from + strip_bytes, static_cast<uint32_t>(ahead));
-        }
-        __syncwarp();
-        WaitAt(ThreadBarrier::kEmptyReady, Shape::kThreads);
+      ArriveAt(ThreadBarrier::kFullReady, Shape::kThreads);
+      WaitAt(ThreadBarrier::kOthersReady, Shape::kThreads);
+    }
+    if (left <= 0) break;
+    const int bytes = min(chunk_bytes, left);
+    if (asks) {
+      if (!first_lap) {
+        ptx::BarrierWait(empty + at.stage, at.parity ^ 1);
+      } else if (at.stage >= window) {
+        ptx::BarrierWait(full + at.stage - window, 0);
+      } else {
+        ptx::BarrierInit(full + at.stage, 1);
+        ptx::BarrierInitFence();
+      }
+      ptx::BarrierArriveExpect(full + at.stage, static_cast<uint32_t>(count * bytes));
+      const uint32_t to = ring + at.stage * cta.StageBytes();
+      ptx::BulkCopy(to, from, static_cast<uint32_t>(bytes), full + at.stage, policy);
+      if (Shape::kStrips == 2 && count == 2) {
+        ptx::BulkCopy(to + chunk_bytes, from + strip_bytes, static_cast<uint32_t>(bytes), full + at.stage, policy);
       }
     }
-  }
-  if (first_lap) {
-    ArriveAt(ThreadBarrier::kFilled, Shape::kThreads);
-    WaitAt(ThreadBarrier::kEmptyReady, Shape::kThreads);
+    __syncwarp();
+    from += bytes;
+    left -= chunk_bytes;
+    ++asked;
+    at.Advance(cta.depth);
+    if (first_lap && at.stage == 0) {  // the ring is full: the rest of the span into L2
+      first_lap = false;
+      const int ahead = min(left, cta.args.prefetch_bytes);
+      if (asks && ahead > 0) {
+        ptx::BulkPrefetch(from, static_cast<uint32_t>(ahead));
+        if (Shape::kStrips == 2 && count == 2) ptx::BulkPrefetch(from + strip_bytes, static_cast<uint32_t>(ahead));
+      }
+      __syncwarp();
+    }
   }
 }
 
 /// Brings the activations of the CTA's share of K, and the scales of its rows, once the kernels ahead have written
 /// them: one thread of each consumer warp asks for its part, because a request takes a thread about 200 clocks.
 template <class T, int kTokens, plan::StreamForm kForm>
-class ActivationLoader {
+class TileLoader {
   using Shape = StreamShape<kTokens, kForm>;
 
  public:
-  __device__ ActivationLoader(const StreamCta<kTokens, kForm>& cta, const CUtensorMap& map)
+  __device__ TileLoader(const StreamCta<kTokens, kForm>& cta, const CUtensorMap& map)
       : cta_(cta), map_(map), policy_(ptx::EvictLastPolicy()) {
     const plan::Range blocks = cta.Blocks();
     const plan::Range mine =
@@ -209,6 +228,54 @@ class ActivationLoader {
   uint64_t policy_;
   uint32_t to_;
   int column_, count_;  // of the warp's first tile; tiles
+};
+
+/// The same for up to eight tokens, by all threads instead of the copy engine: it begins later, and its requests wait
+/// behind those for weights. Eight lanes bring a row's part of a block, every kBlocksAtOnce-th block.
+template <class T, int kTokens, plan::StreamForm kForm>
+class VectorLoader {
+  static constexpr int kVectors = kBlockK / 16;  // of a row in a block
+  static constexpr int kBlocksAtOnce = StreamShape<kTokens, kForm>::kConsumerThreads / kVectors / kTokens;
+  static_assert(kBlocksAtOnce >= 1);
+
+ public:
+  __device__ VectorLoader(const StreamCta<kTokens, kForm>& cta, const ByteActivations&) : cta_(cta) {
+    const int thread = static_cast<int>(threadIdx.x);
+    const int vector = thread % kVectors;
+    const int row = thread / kVectors % kTokens;
+    const int block = thread / kVectors / kTokens;
+    const plan::Range blocks = cta.Blocks();
+    const int k = static_cast<int>(cta.args.weights.layout.k);
+    const int column = (blocks.begin + block) * kBlockK + vector * 16;
+    count_ = cta.first_row + row < cta.args.call.m ? blocks.end - blocks.begin - block : 0;
+    inside_ = k - column;
+    from_ = cta.args.call.a + int64_t{cta.first_row + row} * k + column;
+    to_ = ptx::SharedAddress(cta.shared) + block * cta.memory.tile_bytes + packing::SwizzledOffset(row, vector);
+    ptx::Keep(to_), ptx::Keep(count_), ptx::Keep(inside_);
+  }
+  __device__ void Run() {
+    ptx::WaitForPredecessors();
+    const MatMulCall& call = cta_.args.call;
+    const int row = static_cast<int>(threadIdx.x);
+    float scale = 0.0f;
+    if (row < kTokens && cta_.first_row + row < call.m) scale = call.a_scale[call.per_token ? cta_.first_row + row : 0];
+#pragma unroll 4
+    for (int i = 0; i < count_; i += kBlocksAtOnce) {
+      const bool inside = i * kBlockK < inside_;
+      ptx::CopyAsync16(to_ + i * cta_.memory.tile_bytes, inside ? from_ + i * kBlockK : call.a, inside ? 16 : 0);
+    }
+    ptx::CopyAsyncCommit();
+    if (row < kTokens) cta_.Scales()[row] = scale;
+    ptx::CopyAsyncWait<0>();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) ptx::BarrierArrive(cta_.activations);
+  }
+
+ private:
+  const StreamCta<kTokens, kForm>& cta_;
+  const uint8_t* from_;
+  uint32_t to_;
+  int count_, inside_;  // blocks, and bytes of the row, from the thread's first vector on
 };
 
 /// The same for activations of type T, of at most plan::kMaxQuantizedBytes in a CTA: a warp quantizes one token, or a
@@ -261,10 +328,11 @@ class ActivationQuantizer {
       for (int part = lane; part < 1 << log_parts_; part += 32) {
         magnitude = max(magnitude, ptx::LoadShared<uint32_t>(exchange + ((slice_.token << log_parts_) + part) * 4));
       }
-      const float scale = RowScale(__reduce_max_sync(0xFFFFFFFFu, magnitude));
+      magnitude = __reduce_max_sync(0xFFFFFFFFu, magnitude);
+      const float scale = RowScale(magnitude);
       if (lane == 0) cta_.Scales()[slice_.token] = scale;  // the slices of a token write the same
       const bool finite = scale == scale;
-      const Quantizer quantize(scale);
+      const Quantizer<T> quantize(magnitude, scale);
 #pragma unroll
       for (int j = 0; j < kHeld; ++j) {
         const int at = slice_.begin + j * slice_.stride;
@@ -291,6 +359,22 @@ class ActivationQuantizer {
   int log_parts_;   // slices of a token in all CTAs of the cluster, as a power of two
   int end_, stop_;  // vectors of the CTA's share of K; those of them before K ends
   const T* x_;
+};
+
+/// The class that brings activations of a kind.
+template <class T, int kTokens, plan::StreamForm kForm, class Source>
+struct LoaderOf;
+template <class T, int kTokens, plan::StreamForm kForm>
+struct LoaderOf<T, kTokens, kForm, CUtensorMap> {
+  using Type = TileLoader<T, kTokens, kForm>;
+};
+template <class T, int kTokens, plan::StreamForm kForm>
+struct LoaderOf<T, kTokens, kForm, ByteActivations> {
+  using Type = VectorLoader<T, kTokens, kForm>;
+};
+template <class T, int kTokens, plan::StreamForm kForm>
+struct LoaderOf<T, kTokens, kForm, FloatActivations> {
+  using Type = ActivationQuantizer<T, kTokens, kForm>;
 };
 
 /// Which sums a thread sends and adds up. A span's pairs of sums are dealt to its contributors: 2^log_share each.
@@ -350,7 +434,7 @@ __device__ __forceinline__ void Consume(const StreamCta<kTokens, kForm>& cta, co
     if (round == 0) {
       Activations(cta, source).Run();
       ptx::BarrierWait(cta.activations, 0);
-      WaitAt(ThreadBarrier::kFilled, Shape::kThreads);
+      WaitAt(ThreadBarrier::kFullReady, Shape::kThreads);
     }
     if (!has_strips) break;
     epilogue.ReadZeroPoint();
@@ -400,13 +484,30 @@ __device__ __forceinline__ void Consume(const StreamCta<kTokens, kForm>& cta, co
     }
     const uint2* slots = reinterpret_cast<const uint2*>(cta.shared + inbox + own.group * inbox_bytes);
     ptx::BarrierWait(cta.received + 2 * own.group + buffer, round / 2 & 1);
-    for (int i = own.thread; is_mine && i < share; i += kGroupThreads) {
-      uint2 sum = slots[i];
-#pragma unroll 4
-      for (int at = i + share; at < Shape::kPairs; at += share) sum = AddSums<kEncoding>(sum, slots[at]);
-      const int q = (own.mine + i) % Shape::kStripPairs / kGroupThreads;
-      const int row = q / 2 * 8 + (own.mine + i) % 4 * 2 + q % 2;
-      epilogue.Store(cta.first_row + row, sum, cta.Scales()[row]);
+    if (!is_mine) continue;
+    // A thread's pairs side by side: one after the other, they are a round's last thousand clocks.
+    constexpr int kMost = Shape::kPairs / 2 > kGroupThreads ? Shape::kPairs / 2 / kGroupThreads : 1;
+    uint2 total[kMost];
+    const uint2* from = slots + own.thread;
+#pragma unroll
+    for (int p = 0; p < kMost; ++p) {
+      if (p * kGroupThreads < share) total[p] = from[p * kGroupThreads];
+    }
+    for (int at = share; at < Shape::kPairs; at += share) {
+      from += share;
+#pragma unroll
+      for (int p = 0; p < kMost; ++p) {
+        if (p * kGroupThreads < share) total[p] = AddSums<kEncoding>(total[p], from[p * kGroupThreads]);
+      }
+    }
+    const int first_pair = own.mine + own.thread;
+    const int first_q = first_pair % Shape::kStripPairs / kGroupThreads;
+#pragma unroll
+    for (int p = 0; p < kMost; ++p) {
+      if (p * kGroupThreads >= share) break;
+      const int q = first_q + p;
+      const int row = q / 2 * 8 + first_pair % 4 * 2 + q % 2;
+      epilogue.Store(cta.first_row + row, total[p], cta.Scales()[row]);
     }
   }
 }
@@ -419,6 +520,7 @@ __global__ void __launch_bounds__(std::is_same_v<Source, FloatActivations> ? Str
 #if __CUDA_ARCH__ >= 900
   using Shape = StreamShape<kTokens, kForm>;
   constexpr bool kQuantizes = std::is_same_v<Source, FloatActivations>;
+  constexpr bool kTiles = std::is_same_v<Source, CUtensorMap>;
   extern __shared__ __align__(1024) uint8_t shared[];
   const StreamCta<kTokens, kForm> cta(args, shared);
   if (threadIdx.x >= Shape::kConsumerThreads) {
@@ -427,7 +529,7 @@ __global__ void __launch_bounds__(std::is_same_v<Source, FloatActivations> ? Str
     return ptx::ClusterWait();
   }
   if (threadIdx.x % 32 == 0) {  // initialisations of one warp follow each other, whatever its lanes
-    if constexpr (!kQuantizes) {
+    if constexpr (kTiles) {
       if (threadIdx.x == 0) ptx::PrefetchTensorMap(&source);
     }
 #pragma unroll 1
@@ -446,20 +548,19 @@ __global__ void __launch_bounds__(std::is_same_v<Source, FloatActivations> ? Str
     ptx::BarrierInitFence();
   }
   __syncwarp();
-  ArriveAt(ThreadBarrier::kEmptyReady, Shape::kThreads);
+  ArriveAt(ThreadBarrier::kOthersReady, Shape::kThreads);
   WaitAt(ThreadBarrier::kConsumers, Shape::kConsumerThreads);
   ptx::AllowSuccessors();
   ptx::ClusterArriveRelaxed();
   ptx::ClusterWait();  // the other ranks' barriers are ready
-  using Activations =
-      std::conditional_t<kQuantizes, ActivationQuantizer<T, kTokens, kForm>, ActivationLoader<T, kTokens, kForm>>;
-  Consume<T, kPromotion, Activations>(cta, source);
+  Consume<T, kPromotion, typename LoaderOf<T, kTokens, kForm, Source>::Type>(cta, source);
 #endif
 }
 
 /// The launch of a kernel with `Source`; fills what `args` leaves open.
 template <class T, Promotion kPromotion, int kTokens, plan::StreamForm kForm, class Source>
-void LaunchStreamKernel(MatMulArguments args, const Source& source, const Plan& plan, Stream stream) {
+void LaunchStreamKernel(const Device& device, MatMulArguments args, const Source& source, const Plan& plan,
+                        Stream stream) {
   const packing::Layout& layout = args.weights.layout;
   args.log_split = plan::LogOfPower(args.split);
   args.log_parts = plan::LogOfPower(plan.config.parts);
@@ -469,7 +570,7 @@ void LaunchStreamKernel(MatMulArguments args, const Source& source, const Plan& 
   using Shape = StreamShape<kTokens, kForm>;
   args.prefetch_bytes = plan::StreamPrefetch(kTokens, layout.WeightBytes()) / (Shape::kGroups * Shape::kStrips);
   args.depth = args.stages / Shape::kGroups;
-  args.window = plan::StreamWindow(kForm);
+  args.window = std::min(args.depth, plan::StreamWindow(kForm));
   args.strip_bytes = layout.StripBytes();
   args.memory = plan::StreamMemory::Of(kTokens, kForm, static_cast<int>(packing::CeilDiv(layout.k_blocks, args.split)),
                                        args.stages, args.inboxes, layout.block_stride);
@@ -478,7 +579,8 @@ void LaunchStreamKernel(MatMulArguments args, const Source& source, const Plan& 
   shape.grid = dim3(static_cast<unsigned>(plan.config.clusters * args.split),
                     static_cast<unsigned>(packing::CeilDiv(args.call.m, kTokens)));
   shape.threads = Shape::kThreads;
-  shape.shared_bytes = args.memory.total;
+  // One CTA on a multiprocessor: of two, where the memory would allow it, one works for twice as long.
+  shape.shared_bytes = std::max(args.memory.total, device.shared_per_multiprocessor / 2);
   shape.cluster = args.split;
   shape.overlap = plan.overlap;
   Launch(StreamKernel<T, kPromotion, kTokens, kForm, Source>, shape, stream, args, source);

@@ -9,8 +9,13 @@ template <class T, Promotion kPromotion>
 void LaunchStreamOf(const Device& device, const MatMulArguments& args, const Plan& plan, Stream stream) {
   const auto launch = [&](auto tokens, auto form) {
     constexpr int kTokens = decltype(tokens)::value;
-    LaunchStreamKernel<T, kPromotion, kTokens, decltype(form)::value>(
-        args, ActivationMap(device, args.call, args.weights.layout.k, kTokens), plan, stream);
+    constexpr plan::StreamForm kForm = decltype(form)::value;
+    if constexpr (kTokens <= 8) {
+      LaunchStreamKernel<T, kPromotion, kTokens, kForm>(device, args, ByteActivations{}, plan, stream);
+    } else {
+      const CUtensorMap map = ActivationMap(device, args.call, args.weights.layout.k, kTokens);
+      LaunchStreamKernel<T, kPromotion, kTokens, kForm>(device, args, map, plan, stream);
+    }
   };
   switch (plan.config.tile_m) {
     case 8:
@@ -37,7 +42,7 @@ void LaunchStream(const Device& device, const MatMulArguments& args, const Plan&
 }
 
 int MaxActiveClusters(const Device& device, int size) {
-  const auto kernel = StreamKernel<__half, Promotion::kBlock, 8, plan::StreamForm::kWide, CUtensorMap>;
+  const auto kernel = StreamKernel<__half, Promotion::kBlock, 8, plan::StreamForm::kWide, ByteActivations>;
   Check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.max_shared_bytes),
         "cudaFuncSetAttribute");
   cudaLaunchAttribute cluster;

@@ -437,7 +437,7 @@ void TestStreamPlan() {
             if (m == 1 || m == 9 || m == 33) CheckStreamSchedule(layout, config);
             EXPECT(memory.scales + config.tile_m * 4 <= memory.exchange, "scales");
             for (const int value_bytes : {2, 4}) {
-              for (int tokens = 1; tokens <= m && tokens <= 8; ++tokens) {
+              for (int tokens = 1; tokens <= m && tokens <= plan::kQuantizingTile; ++tokens) {
                 if (!plan::StreamQuantizes(config, layout, scales, tokens, value_bytes)) continue;
                 ++quantizing;
                 if (config.tile_m == plan::kQuantizingTile) {
@@ -626,6 +626,65 @@ void TestDivision() {
   }
 }
 
+/// The one multiplication gives what the division gives: all pairs of 11-bit significands in one binade of largest
+/// magnitudes (a power of two changes nothing but the exponents), all of float16's subnormal numbers, and the ends of
+/// the ranges.
+void TestShortRowFactor() {
+  int64_t without = 0, rows = 0;
+  const auto check_row = [&](float largest, float least, const auto& next) {
+    const float scale = quantization::RowScale(largest);
+    const float reciprocal = 1.0f / scale;
+    const quantization::ShortRowFactor factor(largest, scale, reciprocal);
+    // A reciprocal of a device is wrong by one unit at most.
+    const quantization::ShortRowFactor others[] = {{largest, scale, std::nextafterf(reciprocal, 0.0f)},
+                                                   {largest, scale, std::nextafterf(reciprocal, INFINITY)}};
+    const quantization::RowDivision divide(scale);
+    ++rows;
+    if (!factor.Exists()) {
+      ++without;
+      return;
+    }
+    EXPECT(!divide.Rescales(), "largest %a needs a rescaled division", largest);
+    for (float x = largest; x >= least && x > 0; x = next(x)) {
+      const float expected = 12582912.0f + std::nearbyintf(divide(x));
+      if (factor.Shifted(x) != expected || factor.Shifted(-x) != 2 * 12582912.0f - expected) {
+        EXPECT(false, "%a of a row up to %a: %g, not %g", x, largest, factor.Shifted(x), expected);
+      }
+      for (const quantization::ShortRowFactor& other : others) {
+        EXPECT(other.Shifted(x) == expected, "%a of a row up to %a, rough reciprocal", x, largest);
+      }
+    }
+  };
+  const auto below = [](int bits) {  // the next smaller number of so many significant bits
+    return [bits](float x) {
+      int exponent;
+      const float significand = std::ldexp(std::frexp(x, &exponent), bits);
+      const bool power = significand == std::ldexp(1.0f, bits - 1);
+      return power ? std::ldexp(std::ldexp(1.0f, bits) - 1, exponent - 1 - bits)
+                   : std::ldexp(significand - 1, exponent - bits);
+    };
+  };
+  for (int significand = 1024; significand < 2048; ++significand) {
+    check_row(std::ldexp(static_cast<float>(significand), -10), 0x1p-9f, below(11));
+  }
+  for (int significand = 1; significand < 1024; ++significand) {
+    check_row(std::ldexp(static_cast<float>(significand), -24), 0x1p-24f, [](float x) { return x - 0x1p-24f; });
+  }
+  EXPECT(without == 8 + 8, "%d of %d rows are divided", static_cast<int>(without), static_cast<int>(rows));
+  for (int exponent = -149; exponent <= 127; ++exponent) {  // of bfloat16
+    for (int significand = 128; significand < 256; ++significand) {
+      const float largest = std::ldexp(static_cast<float>(significand), exponent - 7);
+      const float scale = quantization::RowScale(largest);
+      const quantization::ShortRowFactor factor(largest, scale, 1.0f / scale);
+      if (factor.Exists()) {
+        check_row(largest, largest / 1024, below(8));
+      } else {
+        EXPECT(significand == 254 || largest < 1e-27f || largest > 1e30f, "no factor for %a", largest);
+      }
+    }
+  }
+}
+
 int main() {
   TestFragmentMap();
   TestUnpacking();
@@ -637,6 +696,7 @@ int main() {
   TestInt8Packing();
   TestIntegerScales();
   TestDivision();
+  TestShortRowFactor();
   if (failures == 0) std::printf("all passed\n");
   return failures == 0 ? 0 : 1;
 }

@@ -321,7 +321,7 @@ inline Config ChooseStream(const DeviceLimits& device, const packing::Layout& la
       cost += int64_t{form == StreamForm::kTall ? 900 : form == StreamForm::kPaired ? 2150 : 120} * (rounds - 1);
       cost += split == 2 ? 0 : split == 4 ? 1300 : 1000;  // larger clusters
       // The quantization of the activations finds no room beside a kernel with this many threads.
-      if (form == StreamForm::kWide) cost += 3150 + (many ? 3000 : 0);
+      if (form == StreamForm::kWide) cost += 3150 + (many ? 2000 : 0);
       if (form == StreamForm::kTall) cost -= 40;  // the better one where the memory decides
       if (per_cluster < StreamStrips(form)) cost += 20000;
       if (cost >= best) continue;

@@ -301,14 +301,14 @@ inline Config ChooseStream(const DeviceLimits& device, const packing::Layout& la
                  device.shared_per_cta - room)
         depth += groups;
       if (depth == 0) continue;
-      // Clocks, fitted to measurements of all forms on an H100 and an H200. A round takes its part of the device's
-      // bandwidth, or a group's own chain of blocks.
+      // Clocks, fitted to measurements of all forms, with weights in device memory (H100 and H200) and in L2, as if
+      // memory were twice as fast. A round takes its part of the device's bandwidth, or a group's own chain of blocks.
       const int64_t bandwidth = int64_t{device.block_clocks} * strips * blocks / device.multiprocessors;
       const bool integers = !scales.is_float;  // they take more instructions
       const bool many = tokens > 8;
-      int64_t at_once = 1300;
-      if (form == StreamForm::kTall) at_once = 1930 + (many ? 150 : 0);
-      if (form == StreamForm::kPaired) at_once = 950 + (many ? 110 : 0) + (integers ? 270 : 0);
+      int64_t at_once = 1500;
+      if (form == StreamForm::kTall) at_once = 1930 + (many ? 150 : 0) + (integers ? 400 : 0);
+      if (form == StreamForm::kPaired) at_once = 950 + (many ? 60 : 0) + (integers ? 180 : 0);
       const int64_t chain = packing::CeilDiv(packing::CeilDiv(share, parts), StreamBlocksAtOnce(form)) * at_once;
       const int teams = groups / parts;
       int64_t cost = 0;
@@ -317,12 +317,13 @@ inline Config ChooseStream(const DeviceLimits& device, const packing::Layout& la
         const int64_t arrival = bandwidth * in_round / spans;
         cost += arrival > chain ? arrival : chain;
       }
-      cost += int64_t{6} * share * tokens;  // loading the activations
-      cost += int64_t{form == StreamForm::kTall ? 900 : form == StreamForm::kPaired ? 2150 : 120} * (rounds - 1);
-      cost += split == 2 ? 0 : split == 4 ? 1300 : 1000;  // larger clusters
+      cost += int64_t{6} * share * tokens;         // loading the activations
+      cost += int64_t{10} * per_cluster * tokens;  // exchanging the sums
+      cost += int64_t{form == StreamForm::kTall ? 1350 : form == StreamForm::kPaired ? 2150 : 120} * (rounds - 1);
+      cost += split == 2 ? 0 : split == 4 ? 2800 : 1000;  // larger clusters
       // The quantization of the activations finds no room beside a kernel with this many threads.
-      if (form == StreamForm::kWide) cost += 3150 + (many ? 2000 : 0);
-      if (form == StreamForm::kTall) cost -= 40;  // the better one where the memory decides
+      if (form == StreamForm::kWide) cost += 3150 + (many ? 1500 : 0);
+      if (form == StreamForm::kTall) cost -= 420;
       if (per_cluster < StreamStrips(form)) cost += 20000;
       if (cost >= best) continue;
       best = cost;

@@ -485,29 +485,32 @@ __device__ __forceinline__ void Consume(const StreamCta<kTokens, kForm>& cta, co
     const uint2* slots = reinterpret_cast<const uint2*>(cta.shared + inbox + own.group * inbox_bytes);
     ptx::BarrierWait(cta.received + 2 * own.group + buffer, round / 2 & 1);
     if (!is_mine) continue;
-    // A thread's pairs side by side: one after the other, they are a round's last thousand clocks.
+    // A thread's pairs side by side: one after the other, they are a round's last thousand clocks. Integers of 16
+    // tokens have no registers for it.
     constexpr int kMost = Shape::kPairs / 2 > kGroupThreads ? Shape::kPairs / 2 / kGroupThreads : 1;
-    uint2 total[kMost];
-    const uint2* from = slots + own.thread;
+    constexpr int kAtOnce = kTokens == 16 && kEncoding == Encoding::kInteger ? 1 : kMost;
+    constexpr int kUnroll = kAtOnce == 1 ? 4 : 1;
+#pragma unroll 1
+    for (int first = 0; first == 0 || first < share; first += kAtOnce * kGroupThreads) {
+      const auto has = [&](int p) { return p == 0 || first + p * kGroupThreads < share; };
+      const uint2* from = slots + first + own.thread;
+      uint2 total[kAtOnce];
 #pragma unroll
-    for (int p = 0; p < kMost; ++p) {
-      if (p * kGroupThreads < share) total[p] = from[p * kGroupThreads];
-    }
-    for (int at = share; at < Shape::kPairs; at += share) {
-      from += share;
+      for (int p = 0; p < kAtOnce && has(p); ++p) total[p] = from[p * kGroupThreads];
+#pragma unroll kUnroll
+      for (int at = share; at < Shape::kPairs; at += share) {
+        from += share;
 #pragma unroll
-      for (int p = 0; p < kMost; ++p) {
-        if (p * kGroupThreads < share) total[p] = AddSums<kEncoding>(total[p], from[p * kGroupThreads]);
+        for (int p = 0; p < kAtOnce && has(p); ++p) total[p] = AddSums<kEncoding>(total[p], from[p * kGroupThreads]);
       }
-    }
-    const int first_pair = own.mine + own.thread;
-    const int first_q = first_pair % Shape::kStripPairs / kGroupThreads;
+      const int first_pair = own.mine + first + own.thread;
+      const int first_q = first_pair % Shape::kStripPairs / kGroupThreads;
 #pragma unroll
-    for (int p = 0; p < kMost; ++p) {
-      if (p * kGroupThreads >= share) break;
-      const int q = first_q + p;
-      const int row = q / 2 * 8 + first_pair % 4 * 2 + q % 2;
-      epilogue.Store(cta.first_row + row, total[p], cta.Scales()[row]);
+      for (int p = 0; p < kAtOnce && has(p); ++p) {
+        const int q = first_q + p;
+        const int row = q / 2 * 8 + first_pair % 4 * 2 + q % 2;
+        epilogue.Store(cta.first_row + row, total[p], cta.Scales()[row]);
+      }
     }
   }
 }

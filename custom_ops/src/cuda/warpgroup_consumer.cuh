@@ -66,6 +66,7 @@ class WarpgroupConsumer {
         ptx::SharedAddress(cta_.shared + at_.stage * Shape::kTileBytes + half * kHalfTokens * kBlockK));
   }
   __device__ void WaitFull() const { ptx::BarrierWait(cta_.full + at_.stage, at_.parity); }
+  /// After a wgmma::Wait for products of what the warp has read: it synchronises the warp, so all lanes have read.
   __device__ void Release(int stage) const {
     if (thread_ % 32 == 0) ptx::BarrierArrive(cta_.empty + stage);
   }

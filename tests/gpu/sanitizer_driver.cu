@@ -155,7 +155,8 @@ constexpr Path kPaths[] = {
 
 class Driver {
  public:
-  explicit Driver(const char* path) : library_(path) {
+  /// `few`: for racecheck.
+  Driver(const char* path, bool few) : library_(path), few_(few) {
     cudaDeviceProp properties;
     CheckCuda(cudaGetDeviceProperties(&properties, 0), "device");
     capability_ = 10 * properties.major + properties.minor;
@@ -214,6 +215,9 @@ class Driver {
       // 128.
       if (path.options.tile_m == 128 && path.options.tile_n == 192 && p.max_multiple == 0) continue;
       if (path.options.kernel == 2 && p.k <= (path.options.split_k - 1) * 128) continue;  // a block of K for each
+      // racecheck does not know that wgmma.wait_group synchronises a warp: where the ring of the warpgroup kernel is
+      // filled again, it takes the reads of the lanes that do not arrive at the barrier for unordered.
+      if (few_ && path.options.kernel == 2 && p.k > 1024) continue;
       if (path.options.tile_n >= 192 && p.max_multiple == 0 && p.block < 128) continue;
       const size_t bytes = expected.size() * Typed::Size(p.dtype);
       const Buffer<uint8_t> y(std::vector<uint8_t>(bytes, 0xFF));  // NaN in every dtype
@@ -356,6 +360,7 @@ class Driver {
 
   Library library_;
   int capability_ = 0;
+  bool few_;
   int inside_ = 0;  // problems whose product quantizes
   std::mt19937 random_{20};
 };
@@ -368,7 +373,7 @@ int main(int argc, char** argv) {
     return 2;
   }
   const bool few = argc > 2 && std::strcmp(argv[2], "few") == 0;
-  Driver driver(argv[1]);
+  Driver driver(argv[1], few);
   int problems = 0;
   const std::vector<int> tokens = few ? std::vector<int>{1, 70} : std::vector<int>{1, 3, 8, 16, 17, 64, 65, 130};
   const std::vector<Problem> layers = {
@@ -380,9 +385,7 @@ int main(int argc, char** argv) {
   };
   for (Problem p : layers) {
     for (int m : tokens) {
-      // racecheck does not know that wgmma.wait_group synchronises a warp: where the ring of the warpgroup kernel is
-      // filled again, it takes the reads of the lanes that do not arrive at the barrier for unordered.
-      if (few && m > 16 && p.k > 1024) continue;
+      if (few && m > 16 && p.k > 1024) continue;  // would choose it
       p.m = m;
       driver.MatMul(p);
       ++problems;

@@ -63,8 +63,8 @@ class Quantizer {
   }
 
  private:
-  std::conditional_t<sizeof(T) == 2, float, quantization::RowDivision>
-      row_;  // the division's reciprocal is not for all
+  // Of short values the scale alone: few rows are divided, and their reciprocal takes time.
+  std::conditional_t<sizeof(T) == 2, float, quantization::RowDivision> row_;
   quantization::ShortRowFactor factor_;
 };
 

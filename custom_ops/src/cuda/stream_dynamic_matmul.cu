@@ -21,26 +21,19 @@ void LaunchOf(const Device& device, const MatMulArguments& args, const DynamicMa
   });
 }
 
-/// Calls `body` with zero of the weights' type and a std::integral_constant of the promotion.
-template <class Body>
-void ForInt4Weights(const WeightView& weights, Body&& body) {
-  ForType(weights.type, [&](auto zero) {
-    if (weights.encoding == Encoding::kInteger) {
-      body(zero, std::integral_constant<Promotion, Promotion::kInteger>{});
-    } else if (weights.layout.promotion_k == kBlockK) {
-      body(zero, std::integral_constant<Promotion, Promotion::kBlock>{});
-    } else {
-      body(zero, std::integral_constant<Promotion, Promotion::kStep>{});
-    }
-  });
-}
-
 }  // namespace
 
 void LaunchStreamDynamic(const Device& device, const MatMulArguments& args, const DynamicMatMulCall& call,
                          const Plan& plan, Stream stream) {
-  ForInt4Weights(args.weights, [&](auto zero, auto promotion) {
-    LaunchOf<decltype(zero), decltype(promotion)::value>(device, args, call, plan, stream);
+  ForType(args.weights.type, [&](auto zero) {
+    using T = decltype(zero);
+    if (args.weights.encoding == Encoding::kInteger) {
+      return LaunchOf<T, Promotion::kInteger>(device, args, call, plan, stream);
+    }
+    if (args.weights.layout.promotion_k == kBlockK) {
+      return LaunchOf<T, Promotion::kBlock>(device, args, call, plan, stream);
+    }
+    LaunchOf<T, Promotion::kStep>(device, args, call, plan, stream);
   });
 }
 

@@ -155,7 +155,7 @@ constexpr Path kPaths[] = {
 
 class Driver {
  public:
-  /// `few`: for racecheck.
+  /// `few`: without the products that racecheck misunderstands.
   Driver(const char* path, bool few) : library_(path), few_(few) {
     cudaDeviceProp properties;
     CheckCuda(cudaGetDeviceProperties(&properties, 0), "device");
@@ -381,11 +381,11 @@ int main(int argc, char** argv) {
       {0, 256, 128, 128, 1, 0, true, 128},  {0, 2048, 72, 128, 1, 0, true, 128}, {0, 576, 200, 128, 1, 15, true, 128},
       {0, 200, 72, 64, 0, 0, false, 3},     {0, 512, 72, 32, 2, 0, true, 7},     {0, 300, 136, 300, 2, 0, true, 255},
       {0, 1000, 100, 32, 1, 0, false, 128}, {0, 129, 65, 100, 2, 15, true, 128}, {0, 512, 4200, 128, 1, 0, true, 128},
-      {0, 2048, 72, 128, 2, 15, true, 128}, {0, 2056, 72, 32, 0, 0, true, 128},
+      {0, 2048, 72, 128, 2, 15, true, 128}, {0, 2064, 72, 32, 0, 0, true, 128},
   };
   for (Problem p : layers) {
     for (int m : tokens) {
-      if (few && m > 16 && p.k > 1024) continue;  // would choose it
+      if (few && m > 16 && p.k > 1024) continue;  // would take the warpgroup kernel, see MatMul
       p.m = m;
       driver.MatMul(p);
       ++problems;

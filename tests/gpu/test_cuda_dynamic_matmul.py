@@ -15,6 +15,7 @@ from onnx import TensorProto, helper
 from session_runs import CHAIN, buffers, check_at_once, check_callers_stream, run_once
 
 from fptq_onnx.ops import DOMAIN, VERSION
+from fptq_onnx.ops.inspection import Product, kernel_name
 
 FUSED = "DynamicQuantizeW4A8MatMul"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -68,6 +69,7 @@ def both(session, x, n):
         (576, 1536, 128),
         (14336, 512, 128),
         (1056, 64, 32),
+        (2064, 200, 32),
         (1000, 129, 1000),
         (100, 7, 32),
         (257, 130, 9),
@@ -85,11 +87,17 @@ def test_bytes_are_those_of_the_two_ops(library, generator, k, n, block, structu
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "n"), [(4, 16384), (8, 192), (40, 192)])  # the first in one kernel
-def test_rows_that_are_zero_or_not_finite(library, generator, rows, n, dtype):
-    weight = random_weight(Shape(1024, n), 128, dtype, generator, structured=True)
+@pytest.mark.parametrize(
+    ("rows", "k", "inside"), [(4, 4096, True), (8, 4096, True), (8, 1024, False), (40, 1024, False)]
+)
+def test_rows_that_are_zero_or_not_finite(library, generator, rows, k, inside, dtype):
+    n = 192
+    if torch.cuda.get_device_capability(0) == (9, 0):
+        name = kernel_name(Product(rows, k, n, 128, True, dtype.itemsize, True), cuda_device=0)
+        assert name.endswith("quantizing") == inside
+    weight = random_weight(Shape(k, n), 128, dtype, generator, structured=True)
     session = cuda_session(layer(weight), library=library)
-    x = random_activations(rows, 1024, dtype, generator)
+    x = random_activations(rows, k, dtype, generator)
     plain = both(session, x, n)[0]
     x[0] = 0
     faults = {2: (1023, float("nan")), 3: (0, float("inf")), 5: (517, -float("inf")), 6: (slice(None), float("nan"))}

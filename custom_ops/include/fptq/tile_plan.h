@@ -323,7 +323,7 @@ inline Config ChooseStream(const DeviceLimits& device, const packing::Layout& la
       cost += split == 2 ? 0 : split == 4 ? 2800 : 1000;  // larger clusters
       // The quantization of the activations finds no room beside a kernel with this many threads.
       if (form == StreamForm::kWide) cost += 3150 + (many ? 1500 : 0);
-      if (form == StreamForm::kTall) cost -= 420;  // fewer sums to exchange at the end
+      if (form == StreamForm::kTall) cost -= 420;  // the better one where memory decides
       if (per_cluster < StreamStrips(form)) cost += 20000;
       if (cost >= best) continue;
       best = cost;

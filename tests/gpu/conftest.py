@@ -1,7 +1,11 @@
 """What every GPU test needs, or the reason why it cannot run here."""
 
 import ctypes
+import fcntl
+import os
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -46,6 +50,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.gpu)
         if reason:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests marked `whole_device` have the device for themselves, whatever other workers of pytest-xdist run."""
+    lock = Path(tempfile.gettempdir()) / f"fptq-onnx-gpu-tests-{os.getuid()}.lock"
+    with lock.open("w") as file:
+        alone = request.node.get_closest_marker("whole_device") is not None
+        fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield
 
 
 @pytest.fixture(scope="session")

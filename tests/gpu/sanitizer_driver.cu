@@ -211,9 +211,9 @@ class Driver {
       // These copy rows of A with 16-byte requests; other rows are the tile kernel's.
       const bool bulk = path.options.kernel == 2 || path.options.loader == 1;
       if (bulk && p.k % 16 != 0) continue;
-      // Tiles of 128 tokens x 192 channels are for integer-structured scales, large ones not for groups of less than
-      // 128.
-      if (path.options.tile_m == 128 && path.options.tile_n == 192 && p.max_multiple == 0) continue;
+      // Tiles of 128 tokens x 192 channels are for integer-structured scales of groups of 128 and more, other large
+      // ones not for float scales of less.
+      if (path.options.tile_m == 128 && path.options.tile_n == 192 && (p.max_multiple == 0 || p.block < 128)) continue;
       if (path.options.kernel == 2 && p.k <= (path.options.split_k - 1) * 128) continue;  // a block of K for each
       // racecheck does not know that wgmma.wait_group synchronises a warp: where the ring of the warpgroup kernel is
       // filled again, it takes the reads of the lanes that do not arrive at the barrier for unordered.

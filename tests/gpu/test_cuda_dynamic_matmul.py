@@ -168,8 +168,8 @@ def test_concurrent_runs_on_one_stream(library, chains, generator):
     check_at_once(sessions, inputs, [run_once(separate, x) for x in inputs])
 
 
+@pytest.mark.whole_device
 def test_workspace_is_freed_with_the_last_session(library, generator, tmp_path):
-    """Reads the device's free memory: nothing else may use the device meanwhile."""
     path = tmp_path / "layer.onnx"
     path.write_bytes(layer(random_weight(Shape(16384, 64), 128, torch.float16, generator), separate=False))
     x = torch.ones(16384, 16384, dtype=torch.float16, device="cuda")
@@ -229,6 +229,7 @@ assert torch.equal(result[:40], expected)
 """
 
 
+@pytest.mark.whole_device
 def test_too_little_memory_is_an_error_and_the_session_goes_on(library, generator, tmp_path):
     path = tmp_path / "layer.onnx"
     path.write_bytes(layer(random_weight(Shape(16384, 64), 128, torch.float16, generator), separate=False))

@@ -115,6 +115,7 @@ print(before - torch.cuda.mem_get_info()[0])
 """
 
 
+@pytest.mark.whole_device
 def test_weights_are_held_once(library, tmp_path, generator):
     """40 layers of 8192 x 8192 take at most 1.1 times their int4 bytes, everything that a session takes included.
 

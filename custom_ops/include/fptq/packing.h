@@ -196,11 +196,23 @@ FPTQ_HD Fragment UnpackFloat(uint32_t even, uint32_t odd) {
 }
 inline constexpr float kFloatEncodingScale = 1.0f / 16;
 
+/// (x & mask) ^ flip: one instruction, for which the compiler does not keep a constant in a register.
+FPTQ_HD uint32_t MaskAndFlip(uint32_t x, uint32_t mask, uint32_t flip) {
+#ifdef __CUDA_ARCH__
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6A;" : "=r"(result) : "r"(x), "r"(mask), "r"(flip));
+  return result;
+#else
+  return (x & mask) ^ flip;
+#endif
+}
+
 /// Values 16 * q of the integer encoding, to be multiplied by i / 16 once per group of rows instead of once per value.
 FPTQ_HD Fragment UnpackDigits(uint32_t even, uint32_t odd) {
   constexpr uint32_t kHigh = 0xF0F0F0F0u;
   constexpr uint32_t kSign = 0x80808080u;
-  return {{((even << 4) & kHigh) ^ kSign, ((odd << 4) & kHigh) ^ kSign, (even & kHigh) ^ kSign, (odd & kHigh) ^ kSign}};
+  return {{MaskAndFlip(even << 4, kHigh, kSign), MaskAndFlip(odd << 4, kHigh, kSign), MaskAndFlip(even, kHigh, kSign),
+           MaskAndFlip(odd, kHigh, kSign)}};
 }
 inline constexpr int kDigitShift = 4;
 
@@ -215,8 +227,18 @@ FPTQ_HD int Multiplier(uint32_t scale) { return static_cast<int8_t>(scale & 0xFF
 
 /// `pair`: two IntegerScale, even channel in the low half.
 FPTQ_HD SpreadScales Spread(uint32_t pair) {
+#ifdef __CUDA_ARCH__
+  // A byte and its sign, or a byte four times: one instruction each. (__byte_perm leaves out the sign.)
+  SpreadScales scales;
+  asm("prmt.b32 %0, %1, 0, 0x8880;" : "=r"(scales.multiplier[0]) : "r"(pair));
+  asm("prmt.b32 %0, %1, 0, 0xAAA2;" : "=r"(scales.multiplier[1]) : "r"(pair));
+  scales.offset[0] = __byte_perm(pair, 0, 0x1111);
+  scales.offset[1] = __byte_perm(pair, 0, 0x3333);
+  return scales;
+#else
   return {{static_cast<uint32_t>(Multiplier(pair)), static_cast<uint32_t>(Multiplier(pair >> 16))},
           {(pair >> 8 & 0xFF) * 0x01010101u, (pair >> 24) * 0x01010101u}};
+#endif
 }
 
 /// Values q * i: digit * i + offset is 8..248 in every byte, so four bytes are multiplied at once (what a negative

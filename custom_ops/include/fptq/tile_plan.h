@@ -84,6 +84,12 @@ struct SplitExchange {
   FPTQ_HD constexpr int InboxBytes(int threads) const { return split > 1 ? split * Most() * threads * 16 : 0; }
 };
 
+/// Tiles of the warpgroup kernel that are not for integer-structured scales of groups of 32 or 64.
+FPTQ_HD constexpr bool NeedsWholeBlocks(int tile_m, int tile_n) { return tile_m == 128 && tile_n == 192; }
+
+/// Least stages of the warpgroup kernel's ring: its consumers may hold two while they wait for another.
+inline constexpr int kLeastStages = 3;
+
 /// Places in the shared memory of a CTA: a ring of stages of 128 rows of K, each a tile of activations and one block
 /// (with its scales) of each of `strips` strips, and the inbox of a tile that is split over `split` CTAs. Tiles come
 /// first: the copy engine's swizzle wants them aligned to 1 KB.
@@ -362,11 +368,11 @@ inline Config ChooseWarpgroup(const DeviceLimits& device, const packing::Layout&
     int64_t end_ns;                ///< from the last sums to the next tile
   };
   // Measured on an H100, from one and several tiles per multiprocessor.
-  const Shape shapes[] = {{64, 128, 312, 340, 700},
-                          {64, 192, 440, 455, 800},
-                          {128, 128, 505, 400, 1200},
-                          {128, 192, 0, 555, 1300},
-                          {128, 256, 940, 780, 1500}};
+  const Shape shapes[] = {{64, 128, 312, 300, 700},
+                          {64, 192, 434, 445, 800},
+                          {128, 128, 500, 380, 1200},
+                          {128, 192, 0, 545, 1300},
+                          {128, 256, 905, 700, 1500}};
   constexpr int64_t kExchangeNs = 50;  // for a KB of sums that a CTA sends to the others of its cluster
   constexpr int64_t kManyNs = 700;     // in clusters of more than four
   const int blocks = static_cast<int>(layout.k_blocks);
@@ -375,9 +381,11 @@ inline Config ChooseWarpgroup(const DeviceLimits& device, const packing::Layout&
   int64_t best = INT64_MAX;
   for (const Shape& shape : shapes) {
     const int64_t block_ns = is_float ? shape.float_ns : shape.integer_ns;
-    // Groups of 32 or 64 are scaled one at a time; that and int8 weights have no larger tiles.
-    const bool small = encoding == packing::Encoding::kInt8 || (is_float && layout.promotion_k != packing::kBlockK);
+    // Float scales of groups of 32 or 64 are applied one at a time; that and int8 weights have no larger tiles.
+    const bool in_steps = layout.promotion_k != packing::kBlockK;
+    const bool small = encoding == packing::Encoding::kInt8 || (is_float && in_steps);
     if (block_ns == 0 || (small && shape.tile_n > 128)) continue;
+    if (in_steps && NeedsWholeBlocks(shape.tile_m, shape.tile_n)) continue;
     if (wanted.tile_m != 0 && wanted.tile_m != shape.tile_m) continue;
     if (wanted.tile_n != 0 && wanted.tile_n != shape.tile_n) continue;
     const int64_t tiles =
@@ -399,6 +407,7 @@ inline Config ChooseWarpgroup(const DeviceLimits& device, const packing::Layout&
   if (config.stages == 0 && strips > 0) {
     config.stages = DeepestRing(device, 64, config.tile_m, strips, layout.block_stride, config.split_k);
   }
+  if (config.stages < kLeastStages) config.stages = kLeastStages;
   return config;
 }
 

@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(2 * kGroupThreads, 1) WgmmaKernel(int iteratio
   uint32_t a[4];
   for (int i = 0; i < 4; ++i) a[i] = (threadIdx.x * 4 + i + 1) * 2246822519u & 0xF0F0F0F0u;
   int sums[64] = {};
-  const uint64_t descriptor = wgmma::TileDescriptor(ptx::SharedAddress(tile));
+  const uint64_t descriptor = wgmma::Descriptor(wgmma::TileDescriptor(ptx::SharedAddress(tile)));
   wgmma::Fence();
   for (int i = 0; i < iterations; ++i) {
 #pragma unroll

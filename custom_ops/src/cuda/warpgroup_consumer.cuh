@@ -25,6 +25,12 @@ class WarpgroupConsumer {
   static constexpr int kHalfSums = kHalfTokens / 2;
   static constexpr bool kInteger = !HasFloatScales(kPromotion);
   static constexpr bool kTwoSets = !kInteger && Shape::kConsumers == 2;
+  /// Which item's words are read after an item's products have been started: the next one's, just before they are
+  /// unpacked, or those of the one after it. The latency of a read is a quarter of an item with 64 tokens; but whoever
+  /// reads farther ahead waits for memory earlier. It pays where unpacking is long, and two warps share a scheduler.
+  static constexpr int kAhead = kPromotion == Promotion::kInteger && Shape::kConsumers == 2 ? 2 : 1;
+  static constexpr int kRaws = kAhead;
+  using Scale = std::conditional_t<kInteger, uint32_t, Pair>;  // of a thread's two channels
   using Epilogue = TileEpilogue<T, EncodingOf(kPromotion)>;
 
  public:
@@ -32,7 +38,9 @@ class WarpgroupConsumer {
       : cta_(cta),
         group_(static_cast<int>(threadIdx.x) / kGroupThreads - 1),
         thread_(static_cast<int>(threadIdx.x) % kGroupThreads),
-        channel_(packing::ThreadChannel(thread_)) {}
+        channel_(packing::ThreadChannel(thread_)) {
+    at_ = FirstStage();
+  }
 
   __device__ void Run() {
     for (int index = cta_.FirstTile(); index < cta_.TileCount(); index += cta_.TileStride()) {
@@ -40,8 +48,12 @@ class WarpgroupConsumer {
       Clear();
       if constexpr (kPromotion == Promotion::kStep) {
         SumSteps();
+      } else if constexpr (kPromotion != Promotion::kInteger || Shape::kWholeBlocks) {
+        SumItems<true>();
+      } else if (cta_.args.weights.layout.promotion_k == kBlockK) {
+        SumItems<true>();
       } else {
-        SumItems();
+        SumItems<false>();
       }
       ptx::Keep(index);
       Finish(cta_.TileAt(index));  // anew: no register is left for it
@@ -49,26 +61,41 @@ class WarpgroupConsumer {
   }
 
  private:
-  // Everything of one stage that this thread reads.
-  __device__ uint32_t Block(int strip) const {
-    const int slot = at_.stage * Shape::kTileStrips + group_ * kStrips + strip;
-    return ptx::SharedAddress(cta_.shared + cta_.memory.weights + slot * cta_.memory.block_stride);
-  }
-  __device__ uint4 Words(int strip, int half) const {
-    return ptx::LoadShared<uint4>(Block(strip) + half * kHalfBytes + thread_ * 16);
-  }
+  // What this thread reads of one block of a strip.
+  struct Raw {
+    uint4 words[kPromotion == Promotion::kInt8 ? kStepsPerBlock : kStepsPerBlock / 2];
+    Scale scales[kInteger ? kStepsPerBlock : 1];
+  };
+  // A stage of the ring: the descriptor of its activations, and shared addresses of its first block of this group and
+  // of the barrier that says it is full. Stepped, not computed from an index: products wait for descriptors.
+  struct Stage {
+    uint32_t tile, block, full;
+  };
+  __device__ uint32_t EmptyOf(const Stage& stage) const { return stage.full + cta_.args.stages * 8; }
+  __device__ uint32_t Block(int strip) const { return at_.block + strip * cta_.memory.block_stride; }
   template <class Value>
-  __device__ Value Scales(int strip, int row) const {  // of this thread's two channels
-    return ptx::LoadShared<Value>(Block(strip) + kBlockBytes + (row * kStripN + channel_) * (sizeof(Value) / 2));
+  __device__ Value Scales(uint32_t block, int row) const {  // of this thread's two channels
+    return ptx::LoadShared<Value>(block + kBlockBytes + (row * kStripN + channel_) * (sizeof(Value) / 2));
   }
-  __device__ uint64_t TileDescriptor(int half = 0) const {
-    return wgmma::TileDescriptor(
-        ptx::SharedAddress(cta_.shared + at_.stage * Shape::kTileBytes + half * kHalfTokens * kBlockK));
+  __device__ Stage FirstStage() const {
+    const uint32_t shared = ptx::SharedAddress(cta_.shared);
+    return {wgmma::TileDescriptor(shared), shared + cta_.memory.weights + group_ * kStrips * cta_.memory.block_stride,
+            ptx::SharedAddress(cta_.full)};
   }
-  __device__ void WaitFull() const { ptx::BarrierWait(cta_.full + at_.stage, at_.parity); }
+  __device__ __forceinline__ void Advance() {
+    const Stage first = FirstStage();
+    at_.tile += Shape::kTileBytes / 16;
+    at_.block += Shape::kTileStrips * cta_.memory.block_stride;
+    at_.full += 8;
+    if (at_.full == EmptyOf(first)) {  // behind the last one
+      at_ = first;
+      parity_ ^= 1;
+    }
+  }
+  __device__ void WaitFull() const { ptx::BarrierWait(at_.full, parity_); }
   /// After a wgmma::Wait for products of what the warp has read: it synchronises the warp, so all lanes have read.
-  __device__ void Release(int stage) const {
-    if (thread_ % 32 == 0) ptx::BarrierArrive(cta_.empty + stage);
+  __device__ void Release(uint32_t empty) const {
+    if (thread_ % 32 == 0) ptx::BarrierArrive(empty);
   }
   __device__ void Clear() {
     if constexpr (kInteger) {
@@ -83,24 +110,29 @@ class WarpgroupConsumer {
     }
   }
 
-  __device__ void SumItems() {
-    int left = cta_.BlockCount();
-    released_ = -1;
+  /// `kWhole`: integer-structured scales have one multiplier per channel and block.
+  template <bool kWhole>
+  __device__ __forceinline__ void SumItems() {
+    int left = cta_.BlockCount() * kStrips;
+    before_ = 0;
     WaitFull();
-    Unpack<0>(0);
-    if constexpr (kStrips == 2) {
-      for (; left > 0; --left) {
-        Item<0>(0, false);
-        Item<1>(1, left == 1);
-        Drain();
-      }
-    } else {
-      for (; left >= 2; left -= 2) {
-        Item<0>(0, false);
-        Item<1>(0, left == 2);
-        Drain();
-      }
-      if (left == 1) Item<0>(0, true);
+    Read<kWhole>(0, 0);
+    Unpack<kWhole>(0, 0);
+    if constexpr (kAhead == 2) {
+      if constexpr (kStrips == 1) AdvanceIf(left > 1);
+      WaitFull();
+      Read<kWhole>(1, kStrips - 1);
+      AdvanceIf(left > 2);
+    }
+    for (; left >= 2; left -= 2) {
+      Item<0, kWhole>(left > (kStrips == 2 ? 2 : kAhead == 2 ? 3 : 1));
+      Item<1, kWhole>(left > (kAhead == 2 ? 4 : 2));
+      // Sums that are read while products are in flight must not be in flight across the end of a loop: ptxas would
+      // serialize all products. Little is lost, the next item is unpacked already.
+      if constexpr (kTwoSets) wgmma::Wait<0>();
+    }
+    if constexpr (kStrips == 1) {
+      if (left == 1) Item<0, kWhole>(false);
     }
     wgmma::Wait<0>();
     if constexpr (kTwoSets) {  // the last half of the last item
@@ -110,155 +142,163 @@ class WarpgroupConsumer {
         Promote(kStrips - 1, kHalves - 1, 1, scales_[1]);
       }
     }
-    if (released_ >= 0) Release(released_);
-    at_.Advance(cta_.args.stages);
+    if (before_ != 0) Release(before_);
+    Advance();
   }
 
-  /// Sums that are read while products are in flight must not be in flight across the end of a loop: ptxas would
-  /// serialize all products. Little is lost, the next item is unpacked already.
-  __device__ __forceinline__ void Drain() {
-    if constexpr (kTwoSets) wgmma::Wait<0>();
+  /// To the next stage, unless there is none in this tile: then the last one is read again, and nobody needs it.
+  __device__ __forceinline__ void AdvanceIf(bool more) {
+    if (more) Advance();
   }
 
-  /// One item, whose fragments are in set kSet. `last`: of the tile; then nothing new is unpacked.
-  template <int kSet>
-  __device__ __forceinline__ void Item(int strip, bool last) {
+  /// One item, whose fragments are in set kSet. `more`: the tile has another stage than those waited for so far.
+  template <int kSet, bool kWhole>
+  __device__ __forceinline__ void Item(bool more) {
     constexpr int kOther = 1 - kSet;
-    const int stage = at_.stage;
+    constexpr bool kBeginsStage = kStrips == 1 || kSet == 2 - kAhead;  // what is read now
+    constexpr bool kTests = kBeginsStage && (kAhead == 2 || kStrips == 2);
+    const int strip = kStrips == 2 ? kSet : 0;
+    const Stage stage = stage_[kSet % kRaws];
+    const bool is_full = kTests && ptx::BarrierTest(at_.full, parity_);  // long before it is used
+    const auto read = [&] {
+      if (kBeginsStage && !is_full) WaitFull();
+      Read<kWhole>(kAhead == 2 ? kSet : kOther, kStrips == 1 ? 0 : kAhead == 2 ? kSet : kOther);
+    };
     const auto unpack_next = [&] {
-      if (strip == kStrips - 1) {
-        if (!last) at_.Advance(cta_.args.stages);
-        WaitFull();
+      if constexpr (kAhead == 1) {
+        if constexpr (kStrips == 1) AdvanceIf(more);
+        read();
       }
-      Unpack<kOther>(kStrips == 2 ? 1 - strip : 0);
+      Unpack<kWhole>(kOther, kStrips == 2 ? kOther : 0);
+      if constexpr (kStrips == 2 ? !kBeginsStage : kAhead == 2) AdvanceIf(more);
+    };
+    const auto release_before = [&] {  // its last products are complete
+      if (strip == 0 && before_ != 0) Release(before_);
+      if (strip == kStrips - 1) before_ = EmptyOf(stage);
     };
     if constexpr (kInteger) {
-      const uint64_t tile = TileDescriptor();
       wgmma::Fence();
 #pragma unroll
       for (int step = 0; step < kStepsPerBlock; ++step) {
-        wgmma::Mma<kTokens>::Add(integer_[strip], fragments_[kSet][step].a, tile + 2 * step);
+        wgmma::Mma<kTokens>::Add(integer_[strip], fragments_[kSet][step].a, wgmma::Descriptor(stage.tile + 2 * step));
       }
       wgmma::Commit();
       wgmma::Wait<1>();  // the item before is complete
-      if (strip == 0 && released_ >= 0) Release(released_);
-      if (strip == kStrips - 1) released_ = stage;
+      release_before();
+      if constexpr (kAhead == 2) read();
       unpack_next();
     } else if constexpr (kTwoSets) {
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
         const int set = kHalves == 1 ? kSet : half;
-        MultiplyHalf(half, set, fragments_[kSet]);
+        MultiplyHalf(stage, half, set, fragments_[kSet]);
         wgmma::Wait<1>();
         if (half == 0) {  // the item before is complete
-          if (strip == 0 && released_ >= 0) Release(released_);
+          release_before();
           Promote(kStrips == 2 ? 1 - strip : 0, kHalves - 1, 1 - set, scales_[kOther]);
         } else {
           Promote(strip, 0, 0, scales_[kSet]);
         }
       }
-      if (strip == kStrips - 1) released_ = stage;
       unpack_next();
     } else {
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
-        MultiplyHalf(half, 0, fragments_[kSet]);
+        MultiplyHalf(stage, half, 0, fragments_[kSet]);
         if (half == kHalves - 1) unpack_next();
         wgmma::Wait<0>();
-        if (half == kHalves - 1 && strip == kStrips - 1) Release(stage);
+        if (half == kHalves - 1 && strip == kStrips - 1) Release(EmptyOf(stage));
         Promote(strip, half, 0, scales_[kSet]);
       }
     }
   }
 
-  /// Starts the products of 64 tokens of the current stage.
-  __device__ __forceinline__ void MultiplyHalf(int half, int set,
+  /// Starts the products of 64 tokens of a stage.
+  __device__ __forceinline__ void MultiplyHalf(const Stage& stage, int half, int set,
                                                const packing::Fragment (&fragments)[kStepsPerBlock]) {
-    const uint64_t tile = TileDescriptor(half);
+    const uint32_t tile = stage.tile + half * (kHalfTokens * kBlockK / 16);
     wgmma::Fence();
-    wgmma::Mma<kHalfTokens>::Set(partial_[set], fragments[0].a, tile);
+    wgmma::Mma<kHalfTokens>::Set(partial_[set], fragments[0].a, wgmma::Descriptor(tile));
 #pragma unroll
     for (int step = 1; step < kStepsPerBlock; ++step) {
-      wgmma::Mma<kHalfTokens>::Add(partial_[set], fragments[step].a, tile + 2 * step);
+      wgmma::Mma<kHalfTokens>::Add(partial_[set], fragments[step].a, wgmma::Descriptor(tile + 2 * step));
     }
     wgmma::Commit();
   }
 
-  /// Unpacks the weights of a strip of the current stage into the fragments of set kSet, and reads its scales.
-  template <int kSet>
-  __device__ __forceinline__ void Unpack(int strip) {
-    packing::Fragment(&fragments)[kStepsPerBlock] = fragments_[kSet];
-    if constexpr (kPromotion == Promotion::kInt8) {
+  /// Reads a strip of the stage at_, for the set `set` of fragments.
+  template <bool kWhole>
+  __device__ __forceinline__ void Read(int set, int strip) {
+    Raw& raw = raw_[set % kRaws];
+    const uint32_t block = Block(strip);
+    constexpr int kWords = sizeof(raw.words) / sizeof(uint4);
 #pragma unroll
-      for (int step = 0; step < kStepsPerBlock; ++step) {
-        fragments[step] = ptx::LoadShared<packing::Fragment>(
-            Block(strip) + step * (packing::kInt8BlockBytes / kStepsPerBlock) + thread_ * 16);
-      }
-    } else if constexpr (kInteger) {
+    for (int i = 0; i < kWords; ++i) raw.words[i] = ptx::LoadShared<uint4>(block + (i * kGroupThreads + thread_) * 16);
+    if constexpr (kPromotion == Promotion::kInteger) {
       const packing::Layout& layout = cta_.args.weights.layout;
-      // One multiplier per channel and block: a straight piece of code, whose steps run side by side. (With two strips,
-      // the longer loop costs more than that brings.)
-      if (kStrips == 1 && layout.promotion_k == kBlockK) {
-        UnpackMultiples<true>(fragments, strip);
-      } else {
-        UnpackMultiples<false>(fragments, strip);
-      }
-    } else {
-      scales_[kSet] = Scales<Pair>(strip, 0);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint4 words = Words(strip, half);
-        fragments[2 * half] = packing::UnpackFloat(words.x, words.y);
-        fragments[2 * half + 1] = packing::UnpackFloat(words.z, words.w);
+      for (int step = 0; step < (kWhole || kAhead == 1 ? 1 : kStepsPerBlock); ++step) {
+        raw.scales[step] = Scales<Scale>(block, kWhole ? 0 : layout.ScaleRowOfStep(step));
+      }
+    } else if constexpr (!kInteger) {
+      raw.scales[0] = Scales<Scale>(block, 0);
+    }
+    stage_[set % kRaws] = at_;
+  }
+
+  /// Unpacks what was read of a strip for a set of fragments.
+  template <bool kWhole>
+  __device__ __forceinline__ void Unpack(int set, int strip) {
+    packing::Fragment(&fragments)[kStepsPerBlock] = fragments_[set];
+    const Raw& raw = raw_[set % kRaws];
+    if constexpr (!kInteger) scales_[set] = raw.scales[0];
+    packing::SpreadScales scales;
+#pragma unroll
+    for (int step = 0; step < kStepsPerBlock; ++step) {
+      if constexpr (kPromotion == Promotion::kInt8) {
+        const uint4& words = raw.words[step];
+        fragments[step] = {{words.x, words.y, words.z, words.w}};
+        continue;
+      }
+      const uint4& four = raw.words[step / 2];
+      const uint32_t even = step % 2 == 0 ? four.x : four.z, odd = step % 2 == 0 ? four.y : four.w;
+      if constexpr (kPromotion == Promotion::kInteger) {
+        if (step == 0 || (!kWhole && kAhead == 2)) {
+          scales = packing::Spread(raw.scales[step]);
+        } else if (!kWhole) {  // no registers to read all of them before
+          scales = packing::Spread(Scales<Scale>(Block(strip), cta_.args.weights.layout.ScaleRowOfStep(step)));
+        }
+        fragments[step] = packing::UnpackInteger(even, odd, scales);
+      } else {
+        fragments[step] = packing::UnpackFloat(even, odd);
       }
     }
 #pragma unroll
     for (int step = 0; step < kStepsPerBlock; ++step) wgmma::Pin(fragments[step].a);
   }
 
-  /// Integer-structured scales; `kWhole`: one multiplier per channel and block, everything is read first.
-  template <bool kWhole>
-  __device__ __forceinline__ void UnpackMultiples(packing::Fragment (&fragments)[kStepsPerBlock], int strip) {
-    const packing::Layout& layout = cta_.args.weights.layout;
-    packing::SpreadScales scales = packing::Spread(Scales<uint32_t>(strip, 0));
-    uint4 words[2];
-    if constexpr (kWhole) words[0] = Words(strip, 0), words[1] = Words(strip, 1);
-#pragma unroll
-    for (int step = 0; step < kStepsPerBlock; ++step) {
-      if constexpr (!kWhole) {
-        if (step > 0 && layout.promotion_k != kBlockK) {
-          scales = packing::Spread(Scales<uint32_t>(strip, layout.ScaleRowOfStep(step)));
-        }
-        if (step % 2 == 0) words[step / 2] = Words(strip, step / 2);
-      }
-      const uint4& four = words[step / 2];
-      fragments[step] = step % 2 == 0 ? packing::UnpackInteger(four.x, four.y, scales)
-                                      : packing::UnpackInteger(four.z, four.w, scales);
-    }
-  }
-
   /// Float scales of groups of 32 or 64: one group at a time.
   __device__ void SumSteps() {
+    static_assert(kStrips == 1 || kPromotion != Promotion::kStep);
     for (int left = cta_.BlockCount(); left > 0; --left) {
       WaitFull();
+      Read<true>(0, 0);
+      Unpack<true>(0, 0);
 #pragma unroll
-      for (int strip = 0; strip < kStrips; ++strip) {
-        Unpack<0>(strip);
+      for (int step = 0; step < kStepsPerBlock; ++step) {
+        const Pair scale = Scales<Pair>(Block(0), cta_.args.weights.layout.ScaleRowOfStep(step));
 #pragma unroll
-        for (int step = 0; step < kStepsPerBlock; ++step) {
-          const Pair scale = Scales<Pair>(strip, cta_.args.weights.layout.ScaleRowOfStep(step));
-#pragma unroll
-          for (int half = 0; half < kHalves; ++half) {
-            wgmma::Fence();
-            wgmma::Mma<kHalfTokens>::Set(partial_[0], fragments_[0][step].a, TileDescriptor(half) + 2 * step);
-            wgmma::Commit();
-            wgmma::Wait<0>();
-            if (strip == kStrips - 1 && step == kStepsPerBlock - 1 && half == kHalves - 1) Release(at_.stage);
-            Promote(strip, half, 0, scale);
-          }
+        for (int half = 0; half < kHalves; ++half) {
+          const uint32_t tile = at_.tile + half * (kHalfTokens * kBlockK / 16) + 2 * step;
+          wgmma::Fence();
+          wgmma::Mma<kHalfTokens>::Set(partial_[0], fragments_[0][step].a, wgmma::Descriptor(tile));
+          wgmma::Commit();
+          wgmma::Wait<0>();
+          if (step == kStepsPerBlock - 1 && half == kHalves - 1) Release(EmptyOf(at_));
+          Promote(0, half, 0, scale);
         }
       }
-      at_.Advance(cta_.args.stages);
+      Advance();
     }
   }
 
@@ -367,8 +407,11 @@ class WarpgroupConsumer {
 
   const WarpgroupCta<Shape>& cta_;
   const int group_, thread_, channel_;
-  RingPosition at_;
-  int released_;  // stage whose last products may still be in flight
+  Stage at_;             // that is read
+  uint32_t parity_ = 0;  // of its lap
+  uint32_t before_;      // barrier of the stage whose last products may still be in flight, or 0
+  Raw raw_[kRaws];
+  Stage stage_[kRaws];  // where raw_ comes from
   packing::Fragment fragments_[2][kStepsPerBlock];
   Pair scales_[2];  // of the items in the two sets of fragments
   int partial_[kSets][kInteger ? 1 : kHalfSums];

@@ -23,6 +23,8 @@ struct WarpgroupShape {
   static_assert(kGroupThreads * kProducerRegisters + kConsumerThreads * kConsumerRegisters <=
                 kThreads * kLaunchRegisters);
   static constexpr int kTileBytes = kTokens * kBlockK;
+  /// No registers are left for scales that change within a block of K.
+  static constexpr bool kWholeBlocks = plan::NeedsWholeBlocks(kTokens, kTileStrips* kStripN);
   /// Warps that fill the ring; warp s asks for strip s, the last one for the activations. (One thread that asks for
   /// everything cannot keep up: a request takes it about 200 clocks.)
   static constexpr int kProducers = kTileStrips < 4 ? kTileStrips + 1 : 4;

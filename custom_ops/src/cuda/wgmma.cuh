@@ -22,11 +22,12 @@ __device__ __forceinline__ void Pin(Value (&values)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(values[i])::"memory");
 }
 
-/// Descriptor of a K-major tile with 128-byte rows and the 128-byte swizzle at a shared address aligned to 1 KB:
-/// address / 16 in bits 0..13, 1 KB / 16 between groups of 8 rows in bits 32..45, swizzle mode in bits 62..63.
-/// A step of 32 along K adds 2.
-__device__ __forceinline__ uint64_t TileDescriptor(uint32_t shared_address) {
-  return (uint64_t{1} << 62) | (uint64_t{1024 / 16} << 32) | (uint64_t{1} << 16) | (shared_address >> 4 & 0x3FFF);
+/// Low word of the descriptor of a K-major tile with 128-byte rows and the 128-byte swizzle at a shared address aligned
+/// to 1 KB: address / 16. A step of 32 along K adds 2, 16 bytes add 1.
+__device__ __forceinline__ uint32_t TileDescriptor(uint32_t shared_address) { return (1u << 16) | shared_address >> 4; }
+/// The whole one: 1 KB / 16 between groups of 8 rows in bits 32..45, swizzle mode in bits 62..63.
+__device__ __forceinline__ uint64_t Descriptor(uint32_t low) {
+  return (uint64_t{1} << 62) | (uint64_t{1024 / 16} << 32) | low;
 }
 
 // 32 sums per thread: one product of 64 tokens, or half of one of 128.

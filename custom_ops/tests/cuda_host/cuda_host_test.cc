@@ -514,8 +514,8 @@ void TestWarpgroupPlan() {
             const int strips = config.tile_n / kStripN;
             const auto memory =
                 plan::RingMemory::Of(config.tile_m, strips, config.stages, layout.block_stride, config.split_k);
-            EXPECT(memory.total <= h200.shared_per_cta && config.stages >= 2, "%d bytes, %d stages", memory.total,
-                   config.stages);
+            EXPECT(memory.total <= h200.shared_per_cta && config.stages >= plan::kLeastStages, "%d bytes, %d stages",
+                   memory.total, config.stages);
             EXPECT(memory.weights % 1024 == 0 && memory.inbox % 16 == 0 && memory.barriers % 8 == 0, "alignment");
             EXPECT(config.split_k == 1 || layout.k_blocks / config.split_k >= 4, "split %d", config.split_k);
             EXPECT(config.split_k == 1 || config.tile_n < 256, "a split tile of 256 channels");
@@ -523,6 +523,8 @@ void TestWarpgroupPlan() {
             EXPECT(config.split_k == 1 || tiles <= h200.clusters[config.split_k], "split %d", config.split_k);
             const bool in_steps = encoding == Encoding::kFloat && layout.promotion_k != kBlockK;
             EXPECT(config.tile_n <= 128 || !in_steps, "groups of 32 in tiles of %d channels", config.tile_n);
+            EXPECT(layout.promotion_k == kBlockK || !plan::NeedsWholeBlocks(config.tile_m, config.tile_n),
+                   "groups of 32 in tiles of %d tokens x %d channels", config.tile_m, config.tile_n);
             EXPECT(config.tile_m != 128 || config.tile_n != 192 || encoding == Encoding::kInteger,
                    "float scales in tiles of 128 tokens x 192 channels");
           }

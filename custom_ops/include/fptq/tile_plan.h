@@ -259,7 +259,7 @@ constexpr bool HasStreamForm(StreamForm form, int tokens, StreamScales scales) {
     case StreamForm::kPaired:
       return tokens <= 16 && scales.plain;
     case StreamForm::kTall:
-      return tokens <= 16 && scales.plain && (scales.is_float || tokens <= 8);  // of 16 tokens, integers need registers
+      return tokens <= 16 && scales.plain;
   }
   return false;
 }
@@ -312,7 +312,7 @@ inline Config ChooseStream(const DeviceLimits& device, const packing::Layout& la
       const int64_t bandwidth = int64_t{device.block_clocks} * strips * blocks / device.multiprocessors;
       const bool integers = !scales.is_float;  // they take more instructions
       const bool many = tokens > 8;
-      int64_t at_once = 1500;
+      int64_t at_once = 1500 + (integers && many ? 400 : 0);
       if (form == StreamForm::kTall) at_once = 1930 + (many ? 150 : 0) + (integers ? 400 : 0);
       if (form == StreamForm::kPaired) at_once = 950 + (many ? 60 : 0) + (integers ? 180 : 0);
       const int64_t chain = packing::CeilDiv(packing::CeilDiv(share, parts), StreamBlocksAtOnce(form)) * at_once;

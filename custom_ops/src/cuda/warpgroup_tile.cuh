@@ -13,6 +13,7 @@ template <int kTokens_, int kStrips_, int kConsumers_>
 struct WarpgroupShape {
   static constexpr int kTokens = kTokens_, kStrips = kStrips_, kConsumers = kConsumers_;
   static constexpr int kTileStrips = kConsumers * kStrips;
+  static constexpr int kChannels = kTileStrips * kStripN;
   static constexpr int kConsumerThreads = kConsumers * kGroupThreads;
   static constexpr int kThreads = kGroupThreads + kConsumerThreads;
   // Together at most what the CTA gets at its launch, kThreads times the registers that kThreads allow each; setmaxnreg
@@ -24,7 +25,7 @@ struct WarpgroupShape {
                 kThreads * kLaunchRegisters);
   static constexpr int kTileBytes = kTokens * kBlockK;
   /// No registers are left for scales that change within a block of K.
-  static constexpr bool kWholeBlocks = plan::NeedsWholeBlocks(kTokens, kTileStrips* kStripN);
+  static constexpr bool kWholeBlocks = plan::NeedsWholeBlocks(kTokens, kChannels);
   /// Warps that fill the ring; warp s asks for strip s, the last one for the activations. (One thread that asks for
   /// everything cannot keep up: a request takes it about 200 clocks.)
   static constexpr int kProducers = kTileStrips < 4 ? kTileStrips + 1 : 4;

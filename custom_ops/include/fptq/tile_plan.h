@@ -359,7 +359,7 @@ inline bool StreamQuantizes(const Config& config, const packing::Layout& layout,
 }
 
 /// The warpgroup kernel for m tokens: the tile shape and split with the least estimated time, one CTA per
-/// multiprocessor.
+/// multiprocessor. stages = 0 if it has no such tile and split for these weights, which only a wanted one can be.
 inline Config ChooseWarpgroup(const DeviceLimits& device, const packing::Layout& layout, int64_t m,
                               packing::Encoding encoding, Config config) {
   struct Shape {
@@ -403,8 +403,12 @@ inline Config ChooseWarpgroup(const DeviceLimits& device, const packing::Layout&
       config = {shape.tile_m, shape.tile_n, split, wanted.stages, 0};
     }
   }
+  if (best == INT64_MAX) {
+    config.stages = 0;
+    return config;
+  }
   const int strips = config.tile_n / packing::kStripN;
-  if (config.stages == 0 && strips > 0) {
+  if (config.stages == 0) {
     config.stages = DeepestRing(device, 64, config.tile_m, strips, layout.block_stride, config.split_k);
   }
   if (config.stages < kLeastStages) config.stages = kLeastStages;

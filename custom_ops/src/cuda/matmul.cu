@@ -109,6 +109,7 @@ Plan ChoosePlan(const Device& device, const WeightView& weights, int64_t m, bool
     plan.kernel = Kernel::kWarpgroup;
     plan.loader = Loader::kBulk;
     plan.config = plan::ChooseWarpgroup(device.Limits(), layout, m, weights.encoding, wanted.config);
+    if (plan.config.stages == 0) throw CudaError("the warpgroup kernel has no such tile or split for these weights");
     return device.HasWgmma();
   };
   switch (plan.kernel) {

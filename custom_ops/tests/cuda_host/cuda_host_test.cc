@@ -503,6 +503,15 @@ void TestWarpgroupPlan() {
   }
   EXPECT(plan::SplitExchange::Of(64, 1).InboxBytes(256) == 0, "a tile that is not split has an inbox");
   const plan::DeviceLimits h200{132, 227 * 1024, 228 * 1024, {0, 132, 66, 40, 30, 24, 20, 16, 14}, 224};
+  // Wanted, but not there: scales within a block of K, a split of the largest tile, more ranks than blocks of K.
+  const auto wanted = [&](int tile_m, int tile_n, int split, int64_t k, int64_t block_size) {
+    plan::Config config;
+    config.tile_m = tile_m, config.tile_n = tile_n, config.split_k = split;
+    return plan::ChooseWarpgroup(h200, Layout::Of(k, 4096, block_size, 2), 256, Encoding::kInteger, config).stages;
+  };
+  EXPECT(wanted(128, 192, 1, 4096, 128) > 0 && wanted(128, 192, 1, 4096, 64) == 0, "groups of 64 in 128 x 192");
+  EXPECT(wanted(128, 256, 1, 4096, 128) > 0 && wanted(128, 256, 2, 4096, 128) == 0, "a split tile of 256 channels");
+  EXPECT(wanted(64, 128, 2, 256, 128) > 0 && wanted(64, 128, 3, 256, 128) == 0, "three ranks for two blocks");
   for (int64_t k : {16, 128, 4096, 28672}) {
     for (int64_t n : {1, 200, 4096, 28672}) {
       for (int64_t m : {1, 64, 65, 128, 256, 1024, 8192}) {

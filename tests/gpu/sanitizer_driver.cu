@@ -141,6 +141,8 @@ constexpr Path kPaths[] = {
     {"stream, paired", {1, 1, 0, 0, 0, 0, 0, 2}, 90},
     {"stream, tall", {1, 1, 0, 0, 0, 0, 0, 3}, 90},
     {"stream, tall, split 4", {1, 1, 16, 0, 4, 0, 0, 3}, 90},
+    {"stream, broad", {1, 1, 16, 0, 0, 0, 0, 4}, 90},
+    {"warpgroup 64x64", {2, 0, 64, 64, 0, 0, 0, 0}, 90},
     {"stream, cp.async", {1, 2, 0, 0, 0, 0, 0, 0}, 80},
     {"warpgroup 64x128", {2, 0, 64, 128, 0, 0, 0, 0}, 90},
     {"warpgroup 64x128, split 3", {2, 0, 64, 128, 3, 0, 0, 0}, 90},
@@ -219,6 +221,10 @@ class Driver {
       // filled again, it takes the reads of the lanes that do not arrive at the barrier for unordered.
       if (few_ && path.options.kernel == 2 && p.k > 1024) continue;
       if (path.options.tile_n >= 192 && p.max_multiple == 0 && p.block < 128) continue;
+      // Deep tiles take K two blocks at a time, and have no float scales of less than one.
+      const bool deep = path.options.tile_n == 64;
+      if (deep && ((p.k + 127) / 128 % 2 != 0 || (p.max_multiple == 0 && p.block < 128))) continue;
+      if (deep && (p.m + 63) / 64 * ((p.n + 127) / 128) > 60) continue;  // pairs that find room at once
       const size_t bytes = expected.size() * Typed::Size(p.dtype);
       const Buffer<uint8_t> y(std::vector<uint8_t>(bytes, 0xFF));  // NaN in every dtype
       if (Call(library_.matmul(weights, a_device.get(), a_scale_device.get(), p.per_token, zero_point.get(), p.m,

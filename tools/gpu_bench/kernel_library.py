@@ -36,7 +36,7 @@ class Plan:
     def __str__(self) -> str:
         """One line for a table."""
         kernel = ("chosen", "streaming", "warpgroup", "reference")[self.kernel]
-        form = ("", " wide", " paired", " tall")[self.form]
+        form = ("", " wide", " paired", " tall", " broad")[self.form]
         tile = f"{self.tile_m}x{self.tile_n}{form}"
         return f"{kernel} {tile} split {self.split_k} stages {self.stages} loader {self.loader}"
 

@@ -52,10 +52,11 @@ enum class StreamForm : int32_t {
   kWide = 1,    ///< four groups, two strips at a time: warps enough for layers with many strips
   kPaired = 2,  ///< two groups, two strips at a time
   kTall = 3,    ///< two groups, four blocks of one strip at a time: for layers of few strips
+  kBroad = 4,   ///< four groups, two blocks of one strip at a time: 16 tokens, layers of many strips
 };
 /// All of them; of equally good ones the first is chosen.
 inline constexpr StreamForm kStreamForms[] = {StreamForm::kPaired, StreamForm::kTall, StreamForm::kWide,
-                                              StreamForm::kMany};
+                                              StreamForm::kBroad, StreamForm::kMany};
 
 /// A kernel configuration. Zero fields are free for Choose*.
 struct Config {
@@ -87,22 +88,34 @@ struct SplitExchange {
 /// Tiles of the warpgroup kernel that are not for integer-structured scales of groups of 32 or 64.
 FPTQ_HD constexpr bool NeedsWholeBlocks(int tile_m, int tile_n) { return tile_m == 128 && tile_n == 192; }
 
+/// Whether the consumers of a tile of the warpgroup kernel have one strip and take turns along K, two blocks at a time
+/// (a deep tile).
+FPTQ_HD constexpr bool IsDeep(int tile_n) { return tile_n == packing::kStripN; }
+
+/// Rows of activations that one request of the warpgroup kernel brings: of a whole tile, or of half of one where the
+/// last tile has no more. The copy engine takes longer to fill rows that do not exist than to bring others.
+FPTQ_HD constexpr int CopyRows(int tile_m, int64_t m) {
+  const int64_t last = m % tile_m;
+  return last > 0 && last <= tile_m / 2 ? tile_m / 2 : tile_m;
+}
+
 /// Least stages of the warpgroup kernel's ring: its consumers may hold two while they wait for another.
 inline constexpr int kLeastStages = 3;
 
-/// Places in the shared memory of a CTA: a ring of stages of 128 rows of K, each a tile of activations and one block
-/// (with its scales) of each of `strips` strips, and the inbox of a tile that is split over `split` CTAs. Tiles come
-/// first: the copy engine's swizzle wants them aligned to 1 KB.
+/// Places in the shared memory of a CTA: a ring of stages of `depth` times 128 rows of K, each a tile of activations
+/// and one block (with its scales) of each of `strips` strips, and the inbox of a tile that is split over `split` CTAs.
+/// Tiles come first: the copy engine's swizzle wants them aligned to 1 KB.
 struct RingMemory {
-  int tile_bytes, block_stride;         ///< of one stage; of one strip and stage
+  int tile_bytes, block_stride;         ///< of 128 rows of K; of one strip's block
   int weights, inbox, barriers, total;  ///< offsets, and the whole
 
-  FPTQ_HD static constexpr RingMemory Of(int tokens, int strips, int stages, int block_stride, int split) {
+  FPTQ_HD static constexpr RingMemory Of(int tokens, int strips, int stages, int block_stride, int split,
+                                         int depth = 1) {
     RingMemory memory{};
     memory.tile_bytes = tokens * packing::kBlockK;
     memory.block_stride = block_stride;
-    memory.weights = stages * memory.tile_bytes;
-    memory.inbox = memory.weights + stages * strips * block_stride;
+    memory.weights = stages * depth * memory.tile_bytes;
+    memory.inbox = memory.weights + stages * depth * strips * block_stride;
     memory.barriers = memory.inbox + SplitExchange::Of(tokens, split).InboxBytes(strips * packing::kGroupThreads);
     memory.total = memory.barriers + (2 * stages + 1) * 8;
     return memory;
@@ -122,10 +135,11 @@ struct DeviceLimits {
 };
 
 /// Deepest ring of at most `blocks` stages.
-inline int DeepestRing(const DeviceLimits& device, int blocks, int tokens, int strips, int block_stride, int split) {
+inline int DeepestRing(const DeviceLimits& device, int blocks, int tokens, int strips, int block_stride, int split,
+                       int depth = 1) {
   int stages = 1;
   while (stages < blocks &&
-         RingMemory::Of(tokens, strips, stages + 1, block_stride, split).total <= device.shared_per_cta)
+         RingMemory::Of(tokens, strips, stages + 1, block_stride, split, depth).total <= device.shared_per_cta)
     ++stages;
   return stages;
 }
@@ -136,20 +150,24 @@ inline int DeepestRing(const DeviceLimits& device, int blocks, int tokens, int s
 // + part. Both numbers are powers of two.
 
 /// Groups of four warps in a CTA.
-FPTQ_HD constexpr int StreamGroups(StreamForm form) { return form == StreamForm::kWide ? 4 : 2; }
+FPTQ_HD constexpr int StreamGroups(StreamForm form) {
+  return form == StreamForm::kWide || form == StreamForm::kBroad ? 4 : 2;
+}
 /// Strips of a span: with two, a warp has twice the independent work for each activation that it loads.
 FPTQ_HD constexpr int StreamStrips(StreamForm form) {
   return form == StreamForm::kWide || form == StreamForm::kPaired ? 2 : 1;
 }
 /// Blocks of a strip that a warp multiplies at once.
-FPTQ_HD constexpr int StreamBlocksAtOnce(StreamForm form) { return form == StreamForm::kTall ? 4 : 1; }
+FPTQ_HD constexpr int StreamBlocksAtOnce(StreamForm form) {
+  return form == StreamForm::kTall ? 4 : form == StreamForm::kBroad ? 2 : 1;
+}
 /// Rows of K, in blocks, of a stage of a group's ring: at least two blocks of weights in all.
 FPTQ_HD constexpr int StreamChunk(StreamForm form) { return form == StreamForm::kMany ? 2 : StreamBlocksAtOnce(form); }
 
 /// Stages of a group's ring in flight while it is filled for the first time, 34 to 68 KB of all groups (measured). They
 /// keep the memory busy; more would hold up the activations, which others write and read in the meantime.
 FPTQ_HD constexpr int StreamWindow(StreamForm form) {
-  return form == StreamForm::kTall ? 1 : form == StreamForm::kWide ? 2 : 4;
+  return form == StreamForm::kTall || form == StreamForm::kBroad ? 1 : form == StreamForm::kWide ? 2 : 4;
 }
 /// Bytes of weights beyond its ring that a CTA asks into L2 when the ring is full. It costs more than it brings where
 /// more tokens have to pass through L2 and the ring holds most of the weights anyway (measured).
@@ -260,6 +278,8 @@ constexpr bool HasStreamForm(StreamForm form, int tokens, StreamScales scales) {
       return tokens <= 16 && scales.plain;
     case StreamForm::kTall:
       return tokens <= 16 && scales.plain;
+    case StreamForm::kBroad:
+      return tokens == 16 && scales.plain;
   }
   return false;
 }
@@ -290,6 +310,7 @@ inline Config ChooseStream(const DeviceLimits& device, const packing::Layout& la
     const int room = groups == 2 && tokens <= 16 ? 4096 : 0;  // for a small kernel beside this one
     for (int split = 2; split <= 8; split *= 2) {
       if (wanted.split_k != 0 ? split != wanted.split_k : split > 2 && blocks / split < 2) continue;
+      if (form == StreamForm::kBroad && split > 2 && wanted.split_k == 0) continue;  // not measured
       const int share = (blocks + split - 1) / split;
       const int per_cluster = (strips + device.clusters[split] - 1) / device.clusters[split];
       const int spans = (per_cluster + StreamStrips(form) - 1) / StreamStrips(form);
@@ -329,6 +350,7 @@ inline Config ChooseStream(const DeviceLimits& device, const packing::Layout& la
       cost += split == 2 ? 0 : split == 4 ? 2800 : 1000;  // larger clusters
       // The quantization of the activations finds no room beside a kernel with this many threads.
       if (form == StreamForm::kWide) cost += 3150 + (many ? 1500 : 0);
+      if (form == StreamForm::kBroad) cost += 1000 + (parts > 1 ? 1000 : 0);
       if (form == StreamForm::kTall) cost -= 420;  // the better one where memory decides
       if (per_cluster < StreamStrips(form)) cost += 20000;
       if (cost >= best) continue;
@@ -364,16 +386,14 @@ inline Config ChooseWarpgroup(const DeviceLimits& device, const packing::Layout&
                               packing::Encoding encoding, Config config) {
   struct Shape {
     int tile_m, tile_n;
-    int64_t float_ns, integer_ns;  ///< time of 128 rows of K; 0: the kernel has no such tile
+    int64_t float_ns, integer_ns;  ///< time of a stage, 128 rows of K or 256; 0: the kernel has no such tile
     int64_t end_ns;                ///< from the last sums to the next tile
   };
   // Measured on an H100, from one and several tiles per multiprocessor.
-  const Shape shapes[] = {{64, 128, 312, 300, 700},
-                          {64, 192, 434, 445, 800},
-                          {128, 128, 500, 380, 1200},
-                          {128, 192, 0, 545, 1300},
-                          {128, 256, 905, 700, 1500}};
+  const Shape shapes[] = {{64, 64, 315, 300, 750},    {64, 128, 312, 300, 700}, {64, 192, 434, 445, 800},
+                          {128, 128, 500, 380, 1200}, {128, 192, 0, 545, 1300}, {128, 256, 905, 700, 1500}};
   constexpr int64_t kExchangeNs = 50;  // for a KB of sums that a CTA sends to the others of its cluster
+  constexpr int64_t kSplitNs = 600;    // for waiting for them
   constexpr int64_t kManyNs = 700;     // in clusters of more than four
   const int blocks = static_cast<int>(layout.k_blocks);
   const bool is_float = encoding == packing::Encoding::kFloat;
@@ -384,20 +404,26 @@ inline Config ChooseWarpgroup(const DeviceLimits& device, const packing::Layout&
     // Float scales of groups of 32 or 64 are applied one at a time; that and int8 weights have no larger tiles.
     const bool in_steps = layout.promotion_k != packing::kBlockK;
     const bool small = encoding == packing::Encoding::kInt8 || (is_float && in_steps);
-    if (block_ns == 0 || (small && shape.tile_n > 128)) continue;
+    if (block_ns == 0 || (small && shape.tile_n != 128)) continue;
     if (in_steps && NeedsWholeBlocks(shape.tile_m, shape.tile_n)) continue;
     if (wanted.tile_m != 0 && wanted.tile_m != shape.tile_m) continue;
     if (wanted.tile_n != 0 && wanted.tile_n != shape.tile_n) continue;
-    const int64_t tiles =
-        packing::CeilDiv(m, shape.tile_m) * packing::CeilDiv(layout.strips * packing::kStripN, shape.tile_n);
+    const bool is_deep = IsDeep(shape.tile_n);
+    const int depth = is_deep ? 2 : 1;
+    // Deep tiles come in pairs of one row of tiles.
+    const int64_t tiles = packing::CeilDiv(m, shape.tile_m) *
+                          packing::CeilDiv(layout.strips * packing::kStripN, shape.tile_n * depth) * depth;
     for (int split = 1; split <= 8; ++split) {
       if (split > blocks || (wanted.split_k != 0 && wanted.split_k != split)) continue;
-      if (split > 1 && shape.tile_n == 256) continue;  // the kernel splits tiles of one strip per warpgroup only
+      // The kernel splits tiles of one strip per warpgroup only.
+      if (split > 1 && (shape.tile_n == 256 || is_deep)) continue;
       if (wanted.split_k == 0 && split > 1 && (tiles > device.clusters[split] || blocks / split < 4)) continue;
+      if (is_deep && (blocks % 2 != 0 || tiles / 2 > device.clusters[2])) continue;
+      if (is_deep && wanted.tile_n == 0 && m > shape.tile_m) continue;  // no faster with several rows of tiles
       const int64_t waves = split > 1 ? 1 : packing::CeilDiv(tiles, device.multiprocessors);
       const int64_t sent = int64_t{shape.tile_m} * shape.tile_n / 256 * (split - 1) / split;
-      const int64_t cost = waves * (packing::CeilDiv(blocks, split) * block_ns + shape.end_ns) + sent * kExchangeNs +
-                           (split > 4 ? kManyNs : 0);
+      const int64_t cost = waves * (packing::CeilDiv(blocks, split * depth) * block_ns + shape.end_ns) +
+                           sent * kExchangeNs + (split > 1 ? kSplitNs : 0) + (split > 4 ? kManyNs : 0);
       if (cost >= best) continue;
       best = cost;
       config = {shape.tile_m, shape.tile_n, split, wanted.stages, 0};
@@ -409,7 +435,8 @@ inline Config ChooseWarpgroup(const DeviceLimits& device, const packing::Layout&
   }
   const int strips = config.tile_n / packing::kStripN;
   if (config.stages == 0) {
-    config.stages = DeepestRing(device, 64, config.tile_m, strips, layout.block_stride, config.split_k);
+    const int depth = IsDeep(config.tile_n) ? 2 : 1;
+    config.stages = DeepestRing(device, 64, config.tile_m, strips, layout.block_stride, config.split_k, depth);
   }
   if (config.stages < kLeastStages) config.stages = kLeastStages;
   return config;

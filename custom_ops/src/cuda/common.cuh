@@ -38,9 +38,11 @@ inline void Check(cudaError_t status, const char* what) {
 struct MatMulArguments {
   WeightView weights;
   MatMulCall call;
-  int split;             ///< CTAs of a cluster that share a tile
-  int stages;            ///< depth of the shared-memory ring
-  int tiles_m, tiles_n;  ///< warpgroup kernel: tiles of the output
+  int split;   ///< CTAs of a cluster that share a tile
+  int stages;  ///< depth of the shared-memory ring
+  // Warpgroup kernel.
+  int tiles_m, tiles_n;  ///< tiles of the output; of a deep tile, pairs
+  int copy_rows;         ///< of activations that one request brings
   // Streaming kernel. What is the same for all CTAs is computed once, on the host: a kernel's first request for weights
   // waits for whatever is computed before it.
   int log_split, log_parts, inboxes;  ///< see plan::Config

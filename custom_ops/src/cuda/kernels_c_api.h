@@ -22,11 +22,11 @@ typedef struct FptqMatMulOptions {
       kernel;  // 0 = chosen by M, 1 = streaming (mma.sync), 2 = warpgroup (wgmma, sm_90a), 3 = reference (any block)
   int32_t loader;   // streaming kernel: 0 = chosen, 1 = bulk copies (sm_90+), 2 = cp.async
   int32_t tile_m;   // tokens per CTA; 0 = chosen. streaming: 8, 16, 32, 64; warpgroup: 64, 128
-  int32_t tile_n;   // channels per CTA; 0 = chosen. warpgroup: 128, 192, 256; the streaming kernel has its own
+  int32_t tile_n;   // channels per CTA; 0 = chosen. warpgroup: 64, 128, 192, 256; the streaming kernel has its own
   int32_t split_k;  // CTAs of one cluster that share a tile; 0 = chosen, else 1 to 8; streaming: 2, 4, 8
   int32_t stages;   // depth of the shared-memory ring; 0 = chosen
   int32_t overlap;  // programmatic dependent launch: 0 = on, 1 = off
-  int32_t form;     // streaming kernel, up to 16 tokens: 0 = chosen, 1 = wide, 2 = paired, 3 = tall (tile_plan.h)
+  int32_t form;     // streaming kernel, up to 16 tokens: 0 = chosen, 1 = wide, 2 = paired, 3 = tall, 4 = broad
 } FptqMatMulOptions;
 
 FPTQ_EXPORT const char* fptq_last_error(void);

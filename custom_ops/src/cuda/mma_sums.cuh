@@ -85,10 +85,10 @@ class MmaSums {
   template <bool kWhole, int kCount>
   __device__ __forceinline__ void AddBlock(uint32_t weights, uint32_t strip_stride, uint32_t tile,
                                            const packing::Layout& layout) {
-    // Few tokens: everything is loaded first, so that the latencies overlap. Many, and 16 tokens of four blocks: half a
-    // block at a time, for registers.
+    // Few tokens: everything is loaded first, so that the latencies overlap. Many, and 16 tokens of four blocks, or of
+    // two with integer scales: half a block at a time, for registers.
     constexpr int kUnits = kCount * kStrips;
-    constexpr bool kCrowded = kTokens > 16 || (kTokens == 16 && kBlocks == 4);
+    constexpr bool kCrowded = kTokens > 16 || (kTokens == 16 && (kBlocks == 4 || (kBlocks == 2 && !kFloat)));
     constexpr int kHeld = kCrowded || kPromotion == Promotion::kStep ? 1 : 2;
     uint4 words[kUnits][kHeld];
     uint32_t b[kCount][kHeld][kFragments][4];

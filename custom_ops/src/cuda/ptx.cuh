@@ -166,6 +166,15 @@ __device__ __forceinline__ void BulkCopyTile(uint32_t shared, const CUtensorMap*
       "l"(map), "r"(x), "r"(y), "r"(SharedAddress(barrier)), "l"(policy)
       : "memory");
 }
+/// The same to the same place of all CTAs of the cluster in `ranks` (a bit each), counted by the barrier of each.
+__device__ __forceinline__ void BulkCopyTileToCluster(uint32_t shared, const CUtensorMap* map, int x, int y,
+                                                      uint64_t* barrier, uint16_t ranks, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
+      ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(shared),
+      "l"(map), "r"(x), "r"(y), "r"(SharedAddress(barrier)), "h"(ranks), "l"(policy)
+      : "memory");
+}
 __device__ __forceinline__ void PrefetchLine(const void* global) {
   asm volatile("prefetch.global.L1 [%0];" ::"l"(global));
 }
@@ -182,6 +191,16 @@ __device__ __forceinline__ uint32_t ClusterRank() {
   uint32_t rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
+}
+/// The address of what lies at `shared` here in the shared memory of CTA `rank`.
+__device__ __forceinline__ uint32_t ClusterAddress(uint32_t shared, uint32_t rank) {
+  uint32_t remote;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(shared), "r"(rank));
+  return remote;
+}
+/// Orders no writes for the other CTA (that would take a device-wide memory barrier): says that something was read.
+__device__ __forceinline__ void ClusterBarrierArrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 /// Without ordering memory: for barriers that BarrierInitFence has made visible.
 __device__ __forceinline__ void ClusterArriveRelaxed() {

@@ -613,6 +613,8 @@ void ForStreamForm(plan::StreamForm form, Body&& body) {
       return call(std::integral_constant<Form, Form::kPaired>{});
     case Form::kTall:
       return call(std::integral_constant<Form, Form::kTall>{});
+    case Form::kBroad:
+      return call(std::integral_constant<Form, Form::kBroad>{});
   }
 }
 

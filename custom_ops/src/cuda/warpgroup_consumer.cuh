@@ -40,6 +40,10 @@ class WarpgroupConsumer {
         thread_(static_cast<int>(threadIdx.x) % kGroupThreads),
         channel_(packing::ThreadChannel(thread_)) {
     at_ = FirstStage();
+    if constexpr (Shape::kIsDeep) {
+      const uint32_t shared = ptx::SharedAddress(cta.shared);
+      to_twin_ = ptx::ClusterAddress(shared, static_cast<uint32_t>(1 - cta.twin)) - shared;
+    }
   }
 
   __device__ void Run() {
@@ -79,13 +83,13 @@ class WarpgroupConsumer {
   }
   __device__ Stage FirstStage() const {
     const uint32_t shared = ptx::SharedAddress(cta_.shared);
-    return {wgmma::TileDescriptor(shared), shared + cta_.memory.weights + group_ * kStrips * cta_.memory.block_stride,
-            ptx::SharedAddress(cta_.full)};
+    return {wgmma::TileDescriptor(shared + (Shape::kIsDeep ? group_ * Shape::kTileBytes : 0)),
+            shared + cta_.memory.weights + group_ * kStrips * cta_.memory.block_stride, ptx::SharedAddress(cta_.full)};
   }
   __device__ __forceinline__ void Advance() {
     const Stage first = FirstStage();
-    at_.tile += Shape::kTileBytes / 16;
-    at_.block += Shape::kTileStrips * cta_.memory.block_stride;
+    at_.tile += Shape::kDepth * Shape::kTileBytes / 16;
+    at_.block += Shape::kStageBlocks * cta_.memory.block_stride;
     at_.full += 8;
     if (at_.full == EmptyOf(first)) {  // behind the last one
       at_ = first;
@@ -95,7 +99,9 @@ class WarpgroupConsumer {
   __device__ void WaitFull() const { ptx::BarrierWait(at_.full, parity_); }
   /// After a wgmma::Wait for products of what the warp has read: it synchronises the warp, so all lanes have read.
   __device__ void Release(uint32_t empty) const {
-    if (thread_ % 32 == 0) ptx::BarrierArrive(empty);
+    if (thread_ % 32 != 0) return;
+    ptx::BarrierArrive(empty);
+    if constexpr (Shape::kIsDeep) ptx::ClusterBarrierArrive(empty + to_twin_);
   }
   __device__ void Clear() {
     if constexpr (kInteger) {
@@ -113,7 +119,7 @@ class WarpgroupConsumer {
   /// `kWhole`: integer-structured scales have one multiplier per channel and block.
   template <bool kWhole>
   __device__ __forceinline__ void SumItems() {
-    int left = cta_.BlockCount() * kStrips;
+    int left = cta_.StageCount() * kStrips;
     before_ = 0;
     WaitFull();
     Read<kWhole>(0, 0);
@@ -280,7 +286,7 @@ class WarpgroupConsumer {
   /// Float scales of groups of 32 or 64: one group at a time.
   __device__ void SumSteps() {
     static_assert(kStrips == 1 || kPromotion != Promotion::kStep);
-    for (int left = cta_.BlockCount(); left > 0; --left) {
+    for (int left = cta_.StageCount(); left > 0; --left) {
       WaitFull();
       Read<true>(0, 0);
       Unpack<true>(0, 0);
@@ -328,7 +334,8 @@ class WarpgroupConsumer {
 
   /// The even one of this thread's two channels of a strip.
   __device__ int64_t FirstChannel(const plan::Tile& tile, int strip) const {
-    return int64_t{tile.n * Shape::kTileStrips + group_ * kStrips + strip} * kStripN + channel_;
+    const int first = Shape::kIsDeep ? 0 : group_ * kStrips;
+    return int64_t{tile.n * Shape::kTileStrips + first + strip} * kStripN + channel_;
   }
 
   __device__ void Prefetch(const plan::Tile& tile) const {
@@ -343,6 +350,7 @@ class WarpgroupConsumer {
 
   __device__ void Finish(const plan::Tile& tile) {
     ptx::WaitForPredecessors();
+    if constexpr (Shape::kIsDeep) return FinishDeep(tile);
     if constexpr (kStrips == 1) {  // larger tiles are never split
       if (cta_.args.split > 1) return FinishCluster(tile);
     }
@@ -403,11 +411,38 @@ class WarpgroupConsumer {
     epilogue.Store(sums, scales);
   }
 
+  /// Both groups have sums of the whole tile. Each gets the other's for half of the tokens, through the ring, which
+  /// nobody fills or reads any more: a deep CTA has one tile.
+  __device__ void FinishDeep(const plan::Tile& tile) {
+    constexpr int kMine = kTokens / 16;
+    static_assert(Shape::kConsumers == 2);
+    const auto meet = [] { asm volatile("bar.sync 1, %0;" ::"n"(Shape::kConsumerThreads) : "memory"); };
+    const uint32_t shared = ptx::SharedAddress(cta_.shared) + thread_ * 16;
+    const auto slot = [&](int owner, int i) { return shared + (owner * kMine + i) * (kGroupThreads * 16); };
+    meet();
+#pragma unroll
+    for (int q = 0; q < 2 * kMine; ++q) {
+      if (q / kMine != group_) ptx::StoreShared(slot(q / kMine, q % kMine), Quad(0, q));
+    }
+    const Epilogue epilogue = EpilogueOf(tile, 0, 8 * kMine * group_, 8 * kMine);
+    float2 scales[kMine];
+    epilogue.Scales(scales);
+    meet();
+    uint4 sums[kMine];
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) {
+      const uint4 own = group_ == 0 ? Quad(0, i) : Quad(0, kMine + i);
+      sums[i] = epilogue.Add(own, ptx::LoadShared<uint4>(slot(group_, i)));
+    }
+    epilogue.Store(sums, scales);
+  }
+
   static constexpr int kSets = kTwoSets ? 2 : 1;
 
   const WarpgroupCta<Shape>& cta_;
   const int group_, thread_, channel_;
   Stage at_;             // that is read
+  uint32_t to_twin_;     // from an address in shared memory to the same in the twin's
   uint32_t parity_ = 0;  // of its lap
   uint32_t before_;      // barrier of the stage whose last products may still be in flight, or 0
   Raw raw_[kRaws];

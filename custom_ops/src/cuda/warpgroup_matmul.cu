@@ -4,7 +4,7 @@
 // Roles: warpgroup 0 is the producer, one thread of each of its warps asks for a part of every stage (128 rows of K) of
 // a ring; the other warpgroups are consumers, each with strips of 64 channels for all tokens of the tile
 // (warpgroup_consumer.cuh). Tiles are walked persistently, or split along K over the CTAs of a cluster that add their
-// sums in rank order.
+// sums in rank order, or over the consumers of a CTA (deep tiles).
 
 #include <algorithm>
 
@@ -13,6 +13,8 @@
 namespace fptq::cuda {
 namespace {
 
+constexpr int kFewTiles = 8;
+
 /// Fills the ring, tile after tile. One thread of each producer warp.
 template <class Shape>
 __device__ __forceinline__ void Produce(const WarpgroupCta<Shape>& cta, const CUtensorMap& map, int warp) {
@@ -20,29 +22,48 @@ __device__ __forceinline__ void Produce(const WarpgroupCta<Shape>& cta, const CU
   const int stride = w.layout.block_stride;
   const bool brings_activations = warp == Shape::kProducers - 1;
   const uint64_t policy = ptx::EvictLastPolicy();
+  // Weights that few tiles share are read by all of them at about the same time.
+  const uint64_t weights_policy = cta.args.tiles_m <= kFewTiles ? ptx::EvictFirstPolicy() : policy;
   if (brings_activations) ptx::WaitForPredecessors();
   const plan::Range blocks = cta.Blocks();
+  const int copy_bytes = cta.args.copy_rows * kBlockK;
   RingPosition at;
   for (int index = cta.FirstTile(); index < cta.TileCount(); index += cta.TileStride()) {
     const plan::Tile tile = cta.TileAt(index);
     const int strip = tile.n * Shape::kTileStrips + warp;
     const bool brings_weights = warp < Shape::kTileStrips && strip < w.layout.strips;
     const uint8_t* from = w.blocks + w.layout.BlockOffset(strip, blocks.begin);
+    const int first_row = tile.m * Shape::kTokens;
+    const int copies = cta.args.call.m - first_row <= cta.args.copy_rows ? 1 : Shape::kTokens / cta.args.copy_rows;
 #pragma unroll 1  // for registers
-    for (int block = blocks.begin; block < blocks.end; ++block) {
+    for (int block = blocks.begin; block < blocks.end; block += Shape::kDepth) {
       uint64_t* full = cta.full + at.stage;
       ptx::BarrierWait(cta.empty + at.stage, at.parity ^ 1);
-      ptx::BarrierArriveExpect(full, (brings_activations ? Shape::kTileBytes : 0) + (brings_weights ? stride : 0));
+      ptx::BarrierArriveExpect(
+          full, Shape::kDepth * ((brings_activations ? copies * copy_bytes : 0) + (brings_weights ? stride : 0)));
       if (brings_weights) {
         ptx::BulkCopy(
-            ptx::SharedAddress(cta.shared + cta.memory.weights + (at.stage * Shape::kTileStrips + warp) * stride), from,
-            static_cast<uint32_t>(stride), full, policy);
+            ptx::SharedAddress(cta.shared + cta.memory.weights + (at.stage * Shape::kStageBlocks + warp) * stride),
+            from, static_cast<uint32_t>(Shape::kDepth * stride), full, weights_policy);
       }
-      if (brings_activations) {
-        ptx::BulkCopyTile(ptx::SharedAddress(cta.shared + at.stage * Shape::kTileBytes), &map, block * kBlockK,
-                          tile.m * Shape::kTokens, full, policy);
+      for (int copy = 0; brings_activations && copy < copies; ++copy) {
+        const uint32_t to = ptx::SharedAddress(cta.shared + (at.stage * Shape::kDepth + cta.twin) * Shape::kTileBytes +
+                                               copy * copy_bytes);
+        const int column = (block + cta.twin) * kBlockK, row = first_row + copy * cta.args.copy_rows;
+        if constexpr (Shape::kIsDeep) {  // the twin brings the other block's
+          ptx::BulkCopyTileToCluster(to, &map, column, row, full, 3, policy);
+        } else {
+          ptx::BulkCopyTile(to, &map, column, row, full, policy);
+        }
       }
-      from += stride;
+      from += Shape::kDepth * stride;
+      at.Advance(cta.args.stages);
+    }
+  }
+  if constexpr (Shape::kIsDeep) {  // the twin still needs this CTA's memory and barriers, until it has read all stages
+    if (!brings_activations) return;
+    for (int i = 0; i < cta.args.stages; ++i) {
+      ptx::BarrierWait(cta.empty + at.stage, at.parity ^ 1);
       at.Advance(cta.args.stages);
     }
   }
@@ -57,22 +78,23 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     ptx::PrefetchTensorMap(&map);
     for (int stage = 0; stage < args.stages; ++stage) {
       ptx::BarrierInit(cta.full + stage, Shape::kProducers);
-      ptx::BarrierInit(cta.empty + stage, Shape::kConsumerThreads / 32);
+      ptx::BarrierInit(cta.empty + stage, Shape::kTwins * Shape::kConsumerThreads / 32);
     }
     ptx::BarrierInit(cta.received, 1);
     ptx::BarrierInitFence();
   }
   __syncthreads();
   ptx::AllowSuccessors();
-  const bool is_split = args.split > 1;
-  if (is_split) ptx::ClusterArriveRelaxed();
+  const bool is_cluster = Shape::kIsDeep || args.split > 1;
+  if (is_cluster) ptx::ClusterArriveRelaxed();
   if (threadIdx.x < kGroupThreads) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Shape::kProducerRegisters));
     const int warp = static_cast<int>(threadIdx.x) / 32;
+    if (Shape::kIsDeep && warp == Shape::kProducers - 1) ptx::ClusterWait();  // the twin's barriers are ready
     if (threadIdx.x % 32 == 0 && warp < Shape::kProducers) Produce(cta, map, warp);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Shape::kConsumerRegisters));
-    if (is_split) ptx::ClusterWait();  // the other ranks' barriers are ready
+    if (is_cluster) ptx::ClusterWait();  // the other ranks' barriers are ready
     WarpgroupConsumer<T, kPromotion, Shape>(cta).Run();
   }
 }
@@ -80,16 +102,18 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 template <class T, Promotion kPromotion, class Shape>
 void LaunchTileShape(const Device& device, MatMulArguments args, const Plan& plan, Stream stream) {
   args.tiles_m = static_cast<int>(packing::CeilDiv(args.call.m, Shape::kTokens));
-  args.tiles_n = static_cast<int>(packing::CeilDiv(args.weights.layout.strips, Shape::kTileStrips));
+  args.tiles_n = static_cast<int>(packing::CeilDiv(args.weights.layout.strips, Shape::kTwins * Shape::kTileStrips));
   const int64_t tiles = int64_t{args.tiles_m} * args.tiles_n;
   LaunchShape shape;
-  shape.grid = dim3(
-      static_cast<unsigned>(args.split > 1 ? tiles * args.split : std::min<int64_t>(tiles, device.multiprocessors)));
+  const int cluster = args.split * Shape::kTwins;
+  shape.grid =
+      dim3(static_cast<unsigned>(cluster > 1 ? tiles * cluster : std::min<int64_t>(tiles, device.multiprocessors)));
   shape.threads = Shape::kThreads;
   shape.shared_bytes = Shape::Memory(args).total;
-  shape.cluster = args.split;
+  shape.cluster = cluster;
   shape.overlap = plan.overlap;
-  const CUtensorMap map = ActivationMap(device, args.call, args.weights.layout.k, Shape::kTokens);
+  args.copy_rows = plan::CopyRows(Shape::kTokens, args.call.m);
+  const CUtensorMap map = ActivationMap(device, args.call, args.weights.layout.k, args.copy_rows);
   Launch(WarpgroupKernel<T, kPromotion, Shape>, shape, stream, args, map);
 }
 
@@ -103,6 +127,7 @@ void LaunchTile(const Device& device, const MatMulArguments& args, const Plan& p
     if (is(128, 192)) return launch(WarpgroupShape<128, 1, 3>{});
   }
   if constexpr (kPromotion == Promotion::kBlock || kPromotion == Promotion::kInteger) {
+    if (is(64, 64)) return launch(WarpgroupShape<64, 1, 2, true>{});
     if (is(64, 192)) return launch(WarpgroupShape<64, 1, 3>{});
     if (is(128, 256)) return launch(WarpgroupShape<128, 2, 2>{});
   }

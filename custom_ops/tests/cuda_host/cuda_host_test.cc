@@ -512,6 +512,25 @@ void TestWarpgroupPlan() {
   EXPECT(wanted(128, 192, 1, 4096, 128) > 0 && wanted(128, 192, 1, 4096, 64) == 0, "groups of 64 in 128 x 192");
   EXPECT(wanted(128, 256, 1, 4096, 128) > 0 && wanted(128, 256, 2, 4096, 128) == 0, "a split tile of 256 channels");
   EXPECT(wanted(64, 128, 2, 256, 128) > 0 && wanted(64, 128, 3, 256, 128) == 0, "three ranks for two blocks");
+  EXPECT(wanted(64, 64, 1, 256, 128) == 0, "more deep tiles than find room");
+  const auto deep = [&](int64_t k, int64_t block_size, Encoding encoding, int split) {
+    plan::Config config;
+    config.tile_m = 64, config.tile_n = 64, config.split_k = split;
+    return plan::ChooseWarpgroup(h200, Layout::Of(k, 4096, block_size, 2), 64, encoding, config).stages;
+  };
+  EXPECT(deep(256, 128, Encoding::kInteger, 0) > 0 && deep(384, 128, Encoding::kInteger, 0) == 0, "odd blocks of K");
+  EXPECT(deep(256, 64, Encoding::kInteger, 0) > 0 && deep(256, 64, Encoding::kFloat, 0) == 0, "float groups of 64");
+  EXPECT(deep(256, 128, Encoding::kInt8, 0) == 0 && deep(1024, 128, Encoding::kFloat, 2) == 0, "int8, or split");
+  for (const int tile_m : {64, 128}) {
+    for (int64_t m = 1; m <= 300; ++m) {
+      // Tiles have as many requests as their rows need, and none brings only rows that do not exist.
+      const int rows = plan::CopyRows(tile_m, m);
+      const int64_t last = (m - 1) % tile_m + 1;
+      EXPECT(rows == tile_m || (2 * rows == tile_m && last <= rows), "%d rows of %lld", rows,
+             static_cast<long long>(m));
+      EXPECT(last > tile_m / 2 || 2 * rows == tile_m, "%lld rows in one request", static_cast<long long>(m));
+    }
+  }
   for (int64_t k : {16, 128, 4096, 28672}) {
     for (int64_t n : {1, 200, 4096, 28672}) {
       for (int64_t m : {1, 64, 65, 128, 256, 1024, 8192}) {
@@ -521,14 +540,16 @@ void TestWarpgroupPlan() {
           for (const Encoding encoding : {Encoding::kFloat, Encoding::kInteger}) {
             const plan::Config config = plan::ChooseWarpgroup(h200, layout, m, encoding, {});
             const int strips = config.tile_n / kStripN;
-            const auto memory =
-                plan::RingMemory::Of(config.tile_m, strips, config.stages, layout.block_stride, config.split_k);
+            const bool is_deep = plan::IsDeep(config.tile_n);
+            const auto memory = plan::RingMemory::Of(config.tile_m, strips, config.stages, layout.block_stride,
+                                                     config.split_k, is_deep ? 2 : 1);
             EXPECT(memory.total <= h200.shared_per_cta && config.stages >= plan::kLeastStages, "%d bytes, %d stages",
                    memory.total, config.stages);
             EXPECT(memory.weights % 1024 == 0 && memory.inbox % 16 == 0 && memory.barriers % 8 == 0, "alignment");
             EXPECT(config.split_k == 1 || layout.k_blocks / config.split_k >= 4, "split %d", config.split_k);
             EXPECT(config.split_k == 1 || config.tile_n < 256, "a split tile of 256 channels");
             const int64_t tiles = CeilDiv(m, config.tile_m) * CeilDiv(n, config.tile_n);
+            EXPECT(!is_deep || (layout.k_blocks % 2 == 0 && tiles <= 2 * h200.clusters[2]), "deep tiles");
             EXPECT(config.split_k == 1 || tiles <= h200.clusters[config.split_k], "split %d", config.split_k);
             const bool in_steps = encoding == Encoding::kFloat && layout.promotion_k != kBlockK;
             EXPECT(config.tile_n <= 128 || !in_steps, "groups of 32 in tiles of %d channels", config.tile_n);

@@ -38,11 +38,9 @@ inline void Check(cudaError_t status, const char* what) {
 struct MatMulArguments {
   WeightView weights;
   MatMulCall call;
-  int split;   ///< CTAs of a cluster that share a tile
-  int stages;  ///< depth of the shared-memory ring
-  // Warpgroup kernel.
-  int tiles_m, tiles_n;  ///< tiles of the output; of a deep tile, pairs
-  int copy_rows;         ///< of activations that one request brings
+  int split;             ///< CTAs of a cluster that share a tile
+  int stages;            ///< depth of the shared-memory ring
+  int tiles_m, tiles_n;  ///< warpgroup kernel: tiles of the output; of deep ones, pairs
   // Streaming kernel. What is the same for all CTAs is computed once, on the host: a kernel's first request for weights
   // waits for whatever is computed before it.
   int log_split, log_parts, inboxes;  ///< see plan::Config
@@ -50,6 +48,7 @@ struct MatMulArguments {
   int prefetch_bytes;                 ///< of a strip, see plan::StreamPrefetch
   int depth, window;                  ///< stages of one group's ring; those in flight while it is filled first
   int stage_bytes;                    ///< of weights in a stage
+  int copy_rows;                      ///< warpgroup kernel: see plan::CopyRows. Here, where it moves nothing else
   int64_t strip_bytes;                ///< from one strip to the next
   plan::StreamMemory memory;
 };

@@ -18,6 +18,8 @@ from gpu_bench.problem import (
 )
 from gpu_bench.sessions import BoundRun, cuda_session
 
+from fptq_onnx.ops.inspection import Product, kernel_name
+
 POISON = {torch.uint8: 77}
 
 
@@ -82,7 +84,7 @@ def test_random_problem(library, seed):
 
 
 @pytest.mark.parametrize("structured", [False, True])
-@pytest.mark.parametrize("tokens", [1, 7, 16, 33, 64, 100, 256, 1000])
+@pytest.mark.parametrize("tokens", [1, 7, 16, 33, 64, 100, 150, 256, 1000])
 def test_integer_part_is_exact(library, generator, tokens, structured):
     """Unit scales and a float32 output show the kernel's integer sums, which prove that activations are int8."""
     shape, block = Shape(4096 + 64, 1024 + 40), 128
@@ -99,6 +101,21 @@ def test_integer_part_is_exact(library, generator, tokens, structured):
     )
     assert exact.abs().max() < 2**24
     assert torch.equal(y.cpu().long(), exact)
+
+
+@pytest.mark.parametrize("tokens", [20, 33, 64])
+@pytest.mark.parametrize("structured", [False, True])
+def test_deep_tiles_without_a_twin(library, generator, tokens, structured):
+    """Two CTAs bring activations for each other; of an odd number of strips the last one's twin has no channels."""
+    shape, block = Shape(4096, 96 * 64 + 40), 128
+    assert "warpgroup 64x64" in kernel_name(Product(tokens, shape.k, shape.n, block, structured, 4), cuda_device=0)
+    weight = random_weight(shape, block, torch.float32, generator, structured=structured)
+    weight = Weight(weight.values, torch.ones_like(weight.scale), block, 15 if structured else 0)
+    a = torch.randint(0, 256, (tokens, shape.k), dtype=torch.uint8, device="cuda", generator=generator)
+    model = layer_model(weight, Activation.QUANTIZED, per_token=False, zero_point=128)
+    one = torch.ones((), device="cuda")
+    y = run_layer(library, model, {"A": a, "a_scale": one}, {"Y": ((tokens, shape.n), torch.float32)})["Y"]
+    assert torch.equal(y.double(), (a.double() - 128) @ weight.values.double())
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 16])

@@ -18,7 +18,7 @@ from gpu_bench.problem import (
 )
 from gpu_bench.sessions import BoundRun, cuda_session
 
-from fptq_onnx.ops.inspection import Product, kernel_name
+from fptq_onnx.ops.inspection import Product, describe_library, kernel_name
 
 POISON = {torch.uint8: 77}
 
@@ -108,7 +108,8 @@ def test_integer_part_is_exact(library, generator, tokens, structured):
 def test_deep_tiles_without_a_twin(library, generator, tokens, structured):
     """Two CTAs bring activations for each other; of an odd number of strips the last one's twin has no channels."""
     shape, block = Shape(4096, 96 * 64 + 40), 128
-    assert "warpgroup 64x64" in kernel_name(Product(tokens, shape.k, shape.n, block, structured, 4), cuda_device=0)
+    if "warpgroup" in describe_library(library).gpus[0].kernels:
+        assert "warpgroup 64x64" in kernel_name(Product(tokens, shape.k, shape.n, block, structured, 4), cuda_device=0)
     weight = random_weight(shape, block, torch.float32, generator, structured=structured)
     weight = Weight(weight.values, torch.ones_like(weight.scale), block, 15 if structured else 0)
     a = torch.randint(0, 256, (tokens, shape.k), dtype=torch.uint8, device="cuda", generator=generator)

@@ -88,9 +88,9 @@ struct SplitExchange {
 /// Tiles of the warpgroup kernel that are not for integer-structured scales of groups of 32 or 64.
 FPTQ_HD constexpr bool NeedsWholeBlocks(int tile_m, int tile_n) { return tile_m == 128 && tile_n == 192; }
 
-/// Whether the consumers of a tile of the warpgroup kernel have one strip and take turns along K, two blocks at a time
-/// (a deep tile).
-FPTQ_HD constexpr bool IsDeep(int tile_n) { return tile_n == packing::kStripN; }
+/// Blocks of K in a stage of the warpgroup kernel. Two in a deep tile: its consumers have one strip, and take turns
+/// along K.
+FPTQ_HD constexpr int TileDepth(int tile_n) { return tile_n == packing::kStripN ? 2 : 1; }
 
 /// Rows of activations that one request of the warpgroup kernel brings: of a whole tile, or of half of one where the
 /// last tile has no more. The copy engine takes longer to fill rows that do not exist than to bring others.
@@ -400,16 +400,16 @@ inline Config ChooseWarpgroup(const DeviceLimits& device, const packing::Layout&
   const Config wanted = config;
   int64_t best = INT64_MAX;
   for (const Shape& shape : shapes) {
-    const int64_t block_ns = is_float ? shape.float_ns : shape.integer_ns;
+    const int64_t stage_ns = is_float ? shape.float_ns : shape.integer_ns;
     // Float scales of groups of 32 or 64 are applied one at a time; that and int8 weights have no larger tiles.
     const bool in_steps = layout.promotion_k != packing::kBlockK;
     const bool small = encoding == packing::Encoding::kInt8 || (is_float && in_steps);
-    if (block_ns == 0 || (small && shape.tile_n != 128)) continue;
+    if (stage_ns == 0 || (small && shape.tile_n != 128)) continue;
     if (in_steps && NeedsWholeBlocks(shape.tile_m, shape.tile_n)) continue;
     if (wanted.tile_m != 0 && wanted.tile_m != shape.tile_m) continue;
     if (wanted.tile_n != 0 && wanted.tile_n != shape.tile_n) continue;
-    const bool is_deep = IsDeep(shape.tile_n);
-    const int depth = is_deep ? 2 : 1;
+    const int depth = TileDepth(shape.tile_n);
+    const bool is_deep = depth > 1;
     // Deep tiles come in pairs of one row of tiles.
     const int64_t tiles = packing::CeilDiv(m, shape.tile_m) *
                           packing::CeilDiv(layout.strips * packing::kStripN, shape.tile_n * depth) * depth;
@@ -422,7 +422,7 @@ inline Config ChooseWarpgroup(const DeviceLimits& device, const packing::Layout&
       if (is_deep && wanted.tile_n == 0 && m > shape.tile_m) continue;  // no faster with several rows of tiles
       const int64_t waves = split > 1 ? 1 : packing::CeilDiv(tiles, device.multiprocessors);
       const int64_t sent = int64_t{shape.tile_m} * shape.tile_n / 256 * (split - 1) / split;
-      const int64_t cost = waves * (packing::CeilDiv(blocks, split * depth) * block_ns + shape.end_ns) +
+      const int64_t cost = waves * (packing::CeilDiv(blocks, split * depth) * stage_ns + shape.end_ns) +
                            sent * kExchangeNs + (split > 1 ? kSplitNs : 0) + (split > 4 ? kManyNs : 0);
       if (cost >= best) continue;
       best = cost;
@@ -435,8 +435,8 @@ inline Config ChooseWarpgroup(const DeviceLimits& device, const packing::Layout&
   }
   const int strips = config.tile_n / packing::kStripN;
   if (config.stages == 0) {
-    const int depth = IsDeep(config.tile_n) ? 2 : 1;
-    config.stages = DeepestRing(device, 64, config.tile_m, strips, layout.block_stride, config.split_k, depth);
+    config.stages =
+        DeepestRing(device, 64, config.tile_m, strips, layout.block_stride, config.split_k, TileDepth(config.tile_n));
   }
   if (config.stages < kLeastStages) config.stages = kLeastStages;
   return config;

@@ -1,8 +1,8 @@
 // Large M on sm_90a: wgmma with the weights as the 64-row operand from registers and the tokens from shared memory.
 // Compiled for sm_90a only. See README.md for the pipeline.
 //
-// Roles: warpgroup 0 is the producer, one thread of each of its warps asks for a part of every stage (128 rows of K) of
-// a ring; the other warpgroups are consumers, each with strips of 64 channels for all tokens of the tile
+// Roles: warpgroup 0 is the producer, one thread of each of its warps asks for a part of every stage (128 rows of K,
+// or 256) of a ring; the other warpgroups are consumers, each with strips of 64 channels for all tokens of the tile
 // (warpgroup_consumer.cuh). Tiles are walked persistently, or split along K over the CTAs of a cluster that add their
 // sums in rank order, or over the consumers of a CTA (deep tiles).
 
@@ -13,6 +13,7 @@
 namespace fptq::cuda {
 namespace {
 
+/// Rows of tiles up to which weights leave L2 first (measured): so few read them at about the same time.
 constexpr int kFewTiles = 8;
 
 /// Fills the ring, tile after tile. One thread of each producer warp.
@@ -22,7 +23,6 @@ __device__ __forceinline__ void Produce(const WarpgroupCta<Shape>& cta, const CU
   const int stride = w.layout.block_stride;
   const bool brings_activations = warp == Shape::kProducers - 1;
   const uint64_t policy = ptx::EvictLastPolicy();
-  // Weights that few tiles share are read by all of them at about the same time.
   const uint64_t weights_policy = cta.args.tiles_m <= kFewTiles ? ptx::EvictFirstPolicy() : policy;
   if (brings_activations) ptx::WaitForPredecessors();
   const plan::Range blocks = cta.Blocks();

@@ -21,6 +21,7 @@ struct WarpgroupShape {
   static constexpr int kTileStrips = kConsumers * kStrips / kDepth;
   static constexpr int kStageBlocks = kTileStrips * kDepth;  // of weights
   static constexpr int kChannels = kTileStrips * kStripN;
+  static_assert(kDepth == plan::TileDepth(kChannels));
   static constexpr int kConsumerThreads = kConsumers * kGroupThreads;
   static constexpr int kThreads = kGroupThreads + kConsumerThreads;
   // Together at most what the CTA gets at its launch, kThreads times the registers that kThreads allow each; setmaxnreg

@@ -540,16 +540,16 @@ void TestWarpgroupPlan() {
           for (const Encoding encoding : {Encoding::kFloat, Encoding::kInteger}) {
             const plan::Config config = plan::ChooseWarpgroup(h200, layout, m, encoding, {});
             const int strips = config.tile_n / kStripN;
-            const bool is_deep = plan::IsDeep(config.tile_n);
-            const auto memory = plan::RingMemory::Of(config.tile_m, strips, config.stages, layout.block_stride,
-                                                     config.split_k, is_deep ? 2 : 1);
+            const int depth = plan::TileDepth(config.tile_n);
+            const auto memory =
+                plan::RingMemory::Of(config.tile_m, strips, config.stages, layout.block_stride, config.split_k, depth);
             EXPECT(memory.total <= h200.shared_per_cta && config.stages >= plan::kLeastStages, "%d bytes, %d stages",
                    memory.total, config.stages);
             EXPECT(memory.weights % 1024 == 0 && memory.inbox % 16 == 0 && memory.barriers % 8 == 0, "alignment");
             EXPECT(config.split_k == 1 || layout.k_blocks / config.split_k >= 4, "split %d", config.split_k);
             EXPECT(config.split_k == 1 || config.tile_n < 256, "a split tile of 256 channels");
             const int64_t tiles = CeilDiv(m, config.tile_m) * CeilDiv(n, config.tile_n);
-            EXPECT(!is_deep || (layout.k_blocks % 2 == 0 && tiles <= 2 * h200.clusters[2]), "deep tiles");
+            EXPECT(depth == 1 || (layout.k_blocks % 2 == 0 && tiles <= 2 * h200.clusters[2]), "deep tiles");
             EXPECT(config.split_k == 1 || tiles <= h200.clusters[config.split_k], "split %d", config.split_k);
             const bool in_steps = encoding == Encoding::kFloat && layout.promotion_k != kBlockK;
             EXPECT(config.tile_n <= 128 || !in_steps, "groups of 32 in tiles of %d channels", config.tile_n);
